@@ -1,0 +1,1 @@
+"""What the models learn from: text, images, tables, synthetic tasks."""

@@ -1,0 +1,1 @@
+"""What flows: divergences, mutual information, transport, bottleneck objectives."""

@@ -1,0 +1,1 @@
+"""Where it runs: layouts, sharding rules, training steps, checkpoints."""
