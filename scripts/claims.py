@@ -1,4 +1,4 @@
-"""What a reproduction is made of: systems, claims, rows, criteria; and where to find them.
+"""What a reproduction is made of: systems, claims, rows, criteria; how it is found.
 
 A file `scripts/reproductions/<slug>.py` opens with a docstring (paper, claim in our
 words, command, expected figure, hardware and time) and defines
@@ -22,9 +22,8 @@ from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy import stats
-
 from narrows.scripts import reproductions
+from scipy import stats
 
 SCALES = ("quick", "full", "paper")  # 2 minutes, 30 minutes, as long as it takes
 CONFIDENCE = 0.95  # of every interval, two-sided
@@ -69,6 +68,11 @@ class Claim:
     measure: Callable[[str, int], Iterable[Row]]  # (scale, seed), a named function
     scales: tuple[str, ...] = SCALES
     note: str = ""  # what a reader must know, and why it falls short where it does
+
+    @property
+    def measurement(self) -> str:
+        """The name its rows are recorded under, shared by claims of one measure."""
+        return self.measure.__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,10 @@ def load(slug: str) -> ModuleType:
     ids = [claim.id for claim in module.CLAIMS]
     if len(set(ids)) < len(ids):
         raise ValueError(f"{slug}.py has two claims of one id among {ids}")
+    if len({c.measurement for c in module.CLAIMS}) < len(
+        {c.measure for c in module.CLAIMS}
+    ):
+        raise ValueError(f"{slug}.py has two measures of one name: rows would mix")
     return module
 
 
