@@ -6,7 +6,7 @@
 (32, 256)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -15,20 +15,6 @@ from jaxtyping import Bool, Int32, Integer
 from .corpus import SPLITS, Corpus, load_corpus
 
 __all__ = ["SPLITS", "Corpus", "batches", "load_corpus", "windows"]
-
-
-class _Windows:
-    """Windows of length + 1 tokens at stride length: each predicts `length` tokens."""
-
-    def __init__(self, tokens: Integer[np.ndarray, "n"], length: int):
-        self.tokens, self.length = tokens, length
-
-    def __len__(self):
-        return (len(self.tokens) - 1) // self.length
-
-    def __getitem__(self, index: int) -> Integer[np.ndarray, "t+1"]:
-        first = index * self.length
-        return self.tokens[first : first + self.length + 1]
 
 
 def batches(
@@ -81,12 +67,19 @@ def batches(
             f"seq_len is {seq_len}, and split '{split}' has {len(tokens)} tokens; "
             f"allowed is at most {len(tokens) - 1}"
         )
+    offsets = np.arange(seq_len + 1)
+
+    def gather(indices):  # of windows: only integers go through grain, row by row
+        at = np.asarray(indices)[:, None] * seq_len + offsets
+        rows = tokens[at].astype(np.int32)
+        return {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+
     # The seed goes through `seed`, which hashes it: given to `shuffle`, the second
     # epoch of seed 0 would be the first of seed 1. Slicing after `batch` deals out
     # whole runs of rows, which keeps the order of rows in the global batch.
-    source = grain.MapDataset.source(_Windows(tokens, seq_len))
-    rows = source.seed(seed).shuffle().repeat()
-    dealt = rows.batch(batch_size // count, drop_remainder=True, batch_fn=_stack)
+    indices = grain.MapDataset.range((len(tokens) - 1) // seq_len)
+    endless = indices.seed(seed).shuffle().repeat()
+    dealt = endless.batch(batch_size // count, drop_remainder=True, batch_fn=gather)
     ready = dealt[index::count].to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
@@ -139,11 +132,6 @@ def _windows(tokens, targets: int, length: int, rows: int):
             "targets": np.where(mask, tokens[at + 1], 0).astype(np.int32),
             "mask": mask,
         }
-
-
-def _stack(rows: Sequence[Integer[np.ndarray, "t+1"]]) -> dict[str, np.ndarray]:
-    window = np.stack(rows).astype(np.int32)
-    return {"tokens": window[:, :-1], "targets": window[:, 1:]}
 
 
 def _tokens(corpus: Corpus, split: str) -> Integer[np.ndarray, "n"]:
