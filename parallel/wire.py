@@ -30,9 +30,7 @@ class Collective(NamedTuple):
     """
 
     kind: str  # a key of SENT
-    axes: tuple[
-        str, ...
-    ]  # mesh axes its groups span, in mesh order; ("?",): no such set
+    axes: tuple[str, ...]  # that its groups span, in mesh order; ("?",): no such set
     size: int  # devices in a group
     dtype: str  # "float32"; "bfloat16+float32" where a combined one mixes them
     shapes: tuple[tuple[int, ...], ...]  # of its operands on one device
@@ -80,10 +78,10 @@ def table(
     """The summary as a `rich` table; "~" marks rows that hold inexact counts."""
     rough = {(c.kind, c.axes) for c in found if not c.exact}
     out = Table(title=title)
-    for name in ("collective", "axes", "runs", "operand bytes", "sent bytes"):
-        out.add_column(
-            name, justify="left" if name in ("collective", "axes") else "right"
-        )
+    for name in ("collective", "axes"):
+        out.add_column(name)
+    for name in ("runs", "operand bytes", "sent bytes"):
+        out.add_column(name, justify="right")
     rows = summary(found)
     for key, row in rows.items():
         runs = f"{'~' if key in rough else ''}{row.count:,}"

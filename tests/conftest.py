@@ -8,6 +8,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 
+import importlib.util
 import pathlib
 
 import pytest
@@ -32,3 +33,20 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no folder of data sets at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """Two JAX processes of two devices each: `two_processes(function, **kwargs)`.
+
+    Gives one result per process; see `Cluster` in cluster.py for what may be sent.
+    """
+    path = pathlib.Path(__file__).with_name("cluster.py")
+    spec = importlib.util.spec_from_file_location("cluster", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cluster = module.Cluster(processes=2, devices=2)
+    yield cluster
+    cluster.close()
