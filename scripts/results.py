@@ -145,7 +145,8 @@ def cells(verdict: Verdict) -> tuple[str, str, str, str]:
     ours = f"{verdict.mean:.4g} ± {verdict.deviation:.2g} (n={verdict.n})"
     interval = "{:.4g} to {:.4g}".format(*verdict.interval) if verdict.interval else ""
     baseline = "" if verdict.baseline is None else f"{verdict.baseline:.4g}"
-    return ours, interval, baseline, "holds" if verdict.holds else "falls short"
+    fails = "falls short" if verdict.n > 1 else "falls short (one seed, no interval)"
+    return ours, interval, baseline, "holds" if verdict.holds else fails
 
 
 def _written(value: float) -> float | str:
