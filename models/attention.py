@@ -1,0 +1,126 @@
+"""Multi-head attention of a transformer block: projections, positions, cache.
+
+The attention itself is one call, `kernels.attention`, run on each device's own rows and
+heads; nothing here computes it by hand.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from ..parallel.layout import BATCH, on_each_device
+from .kernels.attention import attention
+
+HEADS = (BATCH, None, "tensor", None)  # [b, t, n, h]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of the positions so far; room for s of them."""
+
+    keys: Float[Array, "b s k h"]
+    values: Float[Array, "b s k h"]
+
+
+def rotate(
+    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], base: float = 10_000.0
+) -> Float[Array, "b t n h"]:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, Eq. 34): pairs (i, i + h/2)."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: `heads` queries share `kv_heads` keys and values.
+
+    kernels: query [d, n, h], key and value [d, k, h], out [n, h, d].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_width: int,
+        qk_norm: bool,
+        rotary: bool,
+        causal: bool,
+        bias: bool,
+        residual_scale: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.rotary, self.causal = rotary, causal
+        inward = dict(axis=-1, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.query = nnx.LinearGeneral(width, (heads, head_width), **inward)
+        self.key = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
+        self.value = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
+        self.out = nnx.LinearGeneral(
+            (heads, head_width),
+            width,
+            axis=(-2, -1),
+            use_bias=bias,
+            dtype=dtype,
+            kernel_init=nnx.initializers.variance_scaling(
+                residual_scale**2, "fan_in", "normal"
+            ),
+            rngs=rngs,
+        )
+        self.query_norm = nnx.RMSNorm(head_width, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(head_width, rngs=rngs) if qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: LayerCache | None = None,
+        length: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Attend within equal segment ids; with a cache of `length` positions, after them."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(query).astype(x.dtype)
+            key = self.key_norm(key).astype(x.dtype)
+        if self.rotary:
+            query, key = rotate(query, positions), rotate(key, positions)
+        if cache is None:
+            mixed = self._attend(query, key, value, segment_ids)
+        else:
+            start = (0, length, 0, 0)
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice(cache.keys, key, start),
+                jax.lax.dynamic_update_slice(cache.values, value, start),
+            )
+            mixed = attention(
+                query,
+                cache.keys,
+                cache.values,
+                is_causal=True,
+                query_offset=length,
+            )
+        return self.out(mixed), cache
+
+    def _attend(self, query, key, value, segment_ids):
+        if segment_ids is None:
+            return on_each_device(
+                lambda q, k, v: attention(q, k, v, is_causal=self.causal),
+                in_axes=(HEADS,) * 3,
+                out_axes=HEADS,
+            )(query, key, value)
+        return on_each_device(
+            lambda q, k, v, ids: attention(
+                q, k, v, is_causal=self.causal, segment_ids=ids
+            ),
+            in_axes=(HEADS, HEADS, HEADS, (BATCH, None)),
+            out_axes=HEADS,
+        )(query, key, value, segment_ids)

@@ -1,0 +1,111 @@
+"""The language-model objective of a transformer with a waist, as sums over positions.
+
+    total = sum over positions of -log p(target)  [nats]  +  waist_weight * waist loss
+
+`model_parts` turns a configuration into the functions that training wants: init, loss
+and the waist's once-a-step update. They take and return plain arrays.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from .transformer import Transformer, TransformerConfig
+from .waists import make_waist
+
+
+class Parts(NamedTuple):
+    graph: nnx.GraphDef
+    init: Callable  # key -> (params, rest)
+    loss: Callable  # (params, rest, batch, key) -> LanguageModelLoss
+    advance: Callable  # (params, rest, stats) -> (rest, report)
+
+
+class LanguageModelLoss(NamedTuple):
+    """Sums over unmasked positions, float32; see `parallel.step.Loss`."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    sums: dict[str, Array]
+    stats: tuple
+
+
+def token_nats(
+    logits: Float[Array, "*b v"], targets: Int[Array, "*b"]
+) -> Float[Array, "*b"]:
+    """-log softmax(logits)[target] in nats, float32.
+
+    The target's logit is picked by a masked sum, which a vocabulary split over devices
+    turns into one small reduction, where a gather would collect the logits.
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), -1)
+    return jax.nn.logsumexp(logits, -1) - picked
+
+
+def build(
+    config: TransformerConfig,
+    waist: str = "none",
+    *,
+    waist_at: int | None = None,
+    waist_options: dict | None = None,
+    key: jax.Array,
+) -> Transformer:
+    """A transformer with a waist by name."""
+    rngs = nnx.Rngs(key)
+    layer = make_waist(waist, config.width, rngs=rngs, **(waist_options or {}))
+    return Transformer(config, waist=layer, waist_at=waist_at, rngs=rngs)
+
+
+def model_parts(
+    config: TransformerConfig,
+    waist: str = "none",
+    *,
+    waist_at: int | None = None,
+    waist_options: dict | None = None,
+    waist_weight: float = 0.25,
+) -> Parts:
+    """Init, loss and advance of a language model.
+
+    A batch is {"tokens", "targets"} [b, t] and perhaps "mask" (True where it counts) and
+    "segment_ids". Sums: nats, waist_loss, waist_bits (per position when divided by weight).
+    """
+    options = dict(waist_at=waist_at, waist_options=waist_options)
+    graph = nnx.split(
+        nnx.eval_shape(lambda: build(config, waist, key=jax.random.key(0), **options))
+    )[0]
+
+    def init(key: jax.Array):
+        model = build(config, waist, key=key, **options)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        return nnx.as_pure(params), nnx.as_pure(rest)
+
+    def loss(params, rest, batch, key) -> LanguageModelLoss:
+        del key  # nothing here draws
+        model = nnx.merge(graph, params, rest)
+        mask: Bool[Array, "b t"] | None = batch.get("mask")
+        out = model(batch["tokens"], mask=mask, segment_ids=batch.get("segment_ids"))
+        nats = token_nats(out.logits, batch["targets"])
+        if mask is not None:
+            nats = jnp.where(mask, nats, 0.0)
+        count = nats.size if mask is None else mask.sum()
+        weight = jnp.asarray(count, jnp.float32)
+        sums = {
+            "nats": nats.sum(),
+            "waist_loss": out.waist.loss * weight,
+            "waist_bits": out.waist.bits.sum(),
+        }
+        total = sums["nats"] + waist_weight * sums["waist_loss"]
+        return LanguageModelLoss(total, weight, sums, out.waist.stats)
+
+    def advance(params, rest, stats):
+        model = nnx.merge(graph, params, rest)
+        report = model.waist.update(stats)
+        return nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param))), report
+
+    return Parts(graph, init, loss, advance)

@@ -1,0 +1,27 @@
+"""The table of waists: name -> factory(width, rngs=..., **options) of a bottleneck layer.
+
+A new waist is one file beside this one and one line here.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from .bottleneck import Bottleneck, Open
+from .codebook import Codebook
+
+WAISTS: dict[str, Callable[..., Bottleneck]] = {
+    "none": lambda width, *, rngs: Open(),
+    "codebook": Codebook,
+}
+
+
+def make_waist(name: str, width: int, *, rngs: nnx.Rngs, **options) -> Bottleneck:
+    """A waist by its name in the table.
+
+    >>> make_waist("codebook", 64, codes=256, rngs=nnx.Rngs(0)).capacity
+    8.0
+    """
+    if name not in WAISTS:
+        raise ValueError(f"waist: {name!r}, but allowed are {', '.join(WAISTS)}")
+    return WAISTS[name](width, rngs=rngs, **options)

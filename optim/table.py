@@ -1,0 +1,57 @@
+"""The table of optimizers: name -> optax transformation, with clipping and a schedule.
+
+A new optimizer is one file beside this one and one line here.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": lambda rate, decay, mask: optax.adamw(
+        rate, b1=0.9, b2=0.95, weight_decay=decay, mask=mask
+    ),
+    "sgd": lambda rate, decay, mask: optax.chain(
+        optax.add_decayed_weights(decay, mask=mask), optax.sgd(rate, momentum=0.9)
+    ),
+}
+
+
+def warmup_cosine(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
+    """Linear from peak/warmup over `warmup` steps, then a cosine to peak/10 at `steps`."""
+    warmup = min(warmup, steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / max(warmup, 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=peak / 10,
+    )
+
+
+def matrices(params):
+    """True where weight decay belongs: kernels and embeddings, not scales and biases."""
+
+    def decayed(path, _):
+        return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def make_optimizer(
+    name: str,
+    rate: float | optax.Schedule,
+    *,
+    weight_decay: float = 0.1,
+    clip: float = 1.0,
+) -> optax.GradientTransformation:
+    """An optimizer by name, after clipping the global gradient norm to `clip`.
+
+    >>> tx = make_optimizer("adamw", warmup_cosine(1e-3, steps=100, warmup=10))
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: {name!r}, but allowed are {', '.join(OPTIMIZERS)}")
+    return optax.chain(
+        optax.clip_by_global_norm(clip), OPTIMIZERS[name](rate, weight_decay, matrices)
+    )
