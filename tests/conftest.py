@@ -1,4 +1,4 @@
-"""Tests run on 8 simulated CPU devices unless the environment names another platform."""
+"""Tests run on 8 simulated CPU devices unless the environment names a platform."""
 
 import os
 
