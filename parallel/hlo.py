@@ -1,6 +1,6 @@
 """Reads the text of a compiled module: who calls whom how often, and groups of devices.
 
-Holds for XLA:CPU, GPU and TPU as of jaxlib 0.10, with and without asynchronous pairs.
+Checked against what jaxlib 0.10 writes for CPU and, ahead of time, for TPU v5e.
 """
 
 import math
@@ -125,7 +125,7 @@ class Module:
                         yield run._replace(op_name=run.op_name or label)
 
     def _trips(self, loop: Instruction, condition: str, body: str) -> int | None:
-        """As the text states (CPU, GPU), else n of `i = 0; while i < n: i += 1`.
+        """As the text states, else n of `i = 0; while i < n: i += 1`.
 
         TPU text states nothing, but scans keep that form there.
         """
