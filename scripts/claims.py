@@ -207,10 +207,12 @@ def _interval(x: np.ndarray) -> tuple[float, float]:
 
 
 def _verdict(holds, ours, interval, other) -> Verdict:
+    with np.errstate(invalid="ignore"):  # of rows that are not finite
+        deviation = float(ours.std(ddof=1)) if ours.size > 1 else np.nan
     return Verdict(
         holds=holds,
         mean=float(ours.mean()) if ours.size else np.nan,
-        deviation=float(ours.std(ddof=1)) if ours.size > 1 else np.nan,
+        deviation=deviation,
         n=ours.size,
         interval=None
         if interval is None or ours.size < 2
