@@ -74,13 +74,20 @@ def differences(stored: dict[str, Record], target: dict[str, Any]) -> str:
     )
 
 
+def _mix(x: Array) -> Array:
+    """A bijection of 32-bit words that spreads every bit (MurmurHash3's finalizer)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 @jax.jit
 def fingerprint(x: Array) -> UInt32[Array, ""]:
-    """sum_i bits(x_i) * odd(i) mod 2^32 over the logical index i.
+    """sum_i mix(mix(i) ^ bits(x_i)) mod 2^32 over the logical index i.
 
     It is the same under every sharding, since it is an integer sum. A change in one
-    element always changes it: the factors are odd, hence invertible mod 2^32. Two or
-    more changes cancel with a chance of about 2^-32.
+    32-bit word always changes it, since mix is a bijection; several changes cancel
+    with a chance of about 2^-32. It guards against accidents, not against forgers.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -100,17 +107,16 @@ def fingerprint(x: Array) -> UInt32[Array, ""]:
         ),
         jnp.zeros(words.shape, jnp.uint32),
     )
-    # Spread the index over the word (multiply, shift, multiply): with 2 i + 1 alone
-    # an exchange of neighbouring blocks would often go unseen.
-    mixed = index * jnp.uint32(0x9E3779B1)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-    return jnp.sum(words * (mixed ^ (mixed >> 13) | 1), dtype=jnp.uint32)
+    return jnp.sum(_mix(_mix(index) ^ words), dtype=jnp.uint32)
 
 
 def records(leaves: dict[str, Any]) -> dict[str, Record]:
     """Name, type and fingerprint of each leaf; waits until the arrays are computed."""
-    bits = jax.device_get({name: fingerprint(leaf) for name, leaf in leaves.items()})
+    # One at a time: each holds an all-reduce, and many in flight at once can starve
+    # each other of threads where devices are simulated on few cores.
     return {
-        name: Record(str(leaf.dtype), tuple(leaf.shape), int(bits[name]))
+        name: Record(
+            str(leaf.dtype), tuple(leaf.shape), int(jax.device_get(fingerprint(leaf)))
+        )
         for name, leaf in leaves.items()
     }

@@ -26,12 +26,20 @@ from .steps import (
 
 
 def _context() -> ocp.Context:
-    saving = ocp.options.ArrayOptions.Saving(
-        use_ocdbt=True,
-        use_compression=False,
-        min_slice_bytes_for_replica_parallel=2**22,
-    )
-    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+    """Storage options, chosen by measurement on 100 MB in 80 leaves (2 busy cores).
+
+    Compression took a fifth longer to save and gained 7 % on random floats; a file for
+    each chunk (no OCDBT) saved a third faster, but as 278 files in place of 10, which
+    a network file system pays for. Replicated arrays are cut among the replicas only
+    where a piece has 4 MiB: each cut compiles a slice for each device, which made the
+    first save of a state of 20 small leaves 6 s longer.
+    """
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = True
+    saving.use_compression = False
+    saving.min_slice_bytes_for_replica_parallel = 2**22
+    return context
 
 
 class _KeepBest:
@@ -190,8 +198,11 @@ class Checkpoints:
                 loaded[name] = jnp.zeros(
                     shape.shape, shape.dtype, device=shape.sharding
                 )
-        bits = records(loaded)
-        if wrong := [name for name in loaded if bits[name] != header.leaves[name]]:
+            # Keys come back under an equivalent sharding of another spelling, which a
+            # compiled step would take for a new one.
+            loaded[name] = jax.device_put(loaded[name], shape.sharding)
+        found = records(loaded)
+        if wrong := [name for name in loaded if found[name] != header.leaves[name]]:
             raise unreadable(
                 path, f"other bits than were saved in {', '.join(wrong[:8])}"
             )
