@@ -56,6 +56,9 @@ class Verdict(NamedTuple):
 
 
 class Criterion(Protocol):
+    @property
+    def asked(self) -> str: ...  # what must hold, for the tables
+
     def verdict(self, rows: Mapping[int, Sequence[Row]]) -> Verdict: ...
 
 
@@ -102,6 +105,12 @@ class Ratio:
         if self.at_most is None and self.at_least is None:
             raise ValueError("Ratio got neither at_most nor at_least: give one of them")
 
+    @property
+    def asked(self) -> str:
+        low = f"ratio at least {self.at_least:g}" if self.at_least is not None else ""
+        high = f"ratio at most {self.at_most:g}" if self.at_most is not None else ""
+        return " and ".join(filter(None, (low, high)))
+
     def verdict(self, rows: Mapping[int, Sequence[Row]]) -> Verdict:
         ours = _by_seed(rows, self.metric, self.arm)
         other = _by_seed(rows, self.metric, self.baseline)
@@ -124,6 +133,10 @@ class Ordering:
     worse: str
     lower_is_better: bool = True
 
+    @property
+    def asked(self) -> str:
+        return f"{'less' if self.lower_is_better else 'more'}: gain above 0"
+
     def verdict(self, rows: Mapping[int, Sequence[Row]]) -> Verdict:
         ours = _by_seed(rows, self.metric, self.better)
         other = _by_seed(rows, self.metric, self.worse)
@@ -139,6 +152,10 @@ class Law:
     metric: str
     tolerance: float
     arm: str = "method"
+
+    @property
+    def asked(self) -> str:
+        return f"every row within {self.tolerance:g}"
 
     def verdict(self, rows: Mapping[int, Sequence[Row]]) -> Verdict:
         worst = np.array(

@@ -154,21 +154,21 @@ def verdicts(
     """The table of one run, and whether a measured claim fell short."""
     seconds = sum(record["seconds"] for record in records)
     table = Table(title=f"{module.SYSTEM.title}: {scale}, {seconds:.0f} s")
-    for column in ("claim", "paper", "ours", "95 % interval", "baseline", "verdict"):
+    for column in ("claim", "paper", "asked", *results.CELLS):
         table.add_column(column, overflow="fold")
     failed = False
     for claim in module.CLAIMS:
         judged = results.judge(claim, records) if scale in claim.scales else None
         text = escape(f"{claim.id}: {claim.text}")
-        paper = escape(claim.paper)
+        asked = escape(claim.paper), claim.criterion.asked
         if judged is None:
             reason = missing.get(claim.measurement, "not measured at this scale")
-            table.add_row(text, paper, "", "", "", escape(reason))
+            table.add_row(text, *asked, "", "", "", escape(reason))
             continue
         failed |= not judged.verdict.holds
         cells = results.cells(judged.verdict)
         style = "green" if judged.verdict.holds else "red"
-        table.add_row(text, paper, *cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
+        table.add_row(text, *asked, *cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     return table, failed
 
 

@@ -140,8 +140,11 @@ def status(judged: Judged | None) -> str:
     return f"{'holds' if judged.verdict.holds else 'falls short'} ({judged.scale})"
 
 
+CELLS = ("ours", "95 % interval", "baseline", "verdict")
+
+
 def cells(verdict: Verdict) -> tuple[str, str, str, str]:
-    """Ours, interval, baseline and verdict as every table shows them."""
+    """A verdict as every table shows it, under the heads of CELLS."""
     ours = f"{verdict.mean:.4g} ± {verdict.deviation:.2g} (n={verdict.n})"
     interval = "{:.4g} to {:.4g}".format(*verdict.interval) if verdict.interval else ""
     baseline = "" if verdict.baseline is None else f"{verdict.baseline:.4g}"

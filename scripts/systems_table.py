@@ -76,7 +76,7 @@ def page(folder: pathlib.Path) -> str:
     lines += [
         "A claim holds only if it holds for the mean over seeds with its "
         f"{claims.CONFIDENCE:.0%} confidence interval. Ours is mean ± deviation "
-        "over n seeds.",
+        "over n seeds; the interval is of what was asked: a ratio or a gain.",
         "A commit with a + had changes that were not committed.",
         "",
         "## Measured",
@@ -111,13 +111,13 @@ def section(module: ModuleType, folder: pathlib.Path) -> list[str]:
         "",
         f"    python scripts/reproduce.py --system={s.slug} --scale=full",
         "",
-        "| claim | paper | ours | 95 % interval | baseline | verdict | scale | commit "
-        "| hardware |",
-        "|" + " --- |" * 9,
+        "| claim | paper | asked | ours | 95 % interval | baseline | verdict | scale "
+        "| commit | hardware |",
+        "|" + " --- |" * 10,
     ]
     notes = []
     for claim, found in zip(module.CLAIMS, judged(module, folder), strict=True):
-        cells = [f"`{claim.id}` {claim.text}", claim.paper]
+        cells = [f"`{claim.id}` {claim.text}", claim.paper, claim.criterion.asked]
         if found is None:
             cells += ["", "", "", "not measured", "", "", ""]
         else:
