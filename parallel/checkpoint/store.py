@@ -108,11 +108,12 @@ class Checkpoints:
     ) -> None:
         """Begin to write `state` as `step`; returns once the arrays may be donated.
 
-        `meta` is any JSON dictionary and comes back as JSON gives it. Waits for the
-        write before; if that one failed, raises CheckpointError, which names its step,
-        and does not begin this one. Raises ValueError for a step not after the newest,
-        a leaf that is not a jax array, `meta` that is not JSON, and `metrics` without
-        the metric that `best` names.
+        The write to disk goes on behind; what it waits for is the write before, the
+        arrays themselves and their fingerprints. `meta` is any JSON dictionary and
+        comes back as JSON gives it. Raises CheckpointError if the write before failed
+        (it names that step; this one is not begun), ValueError for a step not after
+        the newest, a leaf that is not a jax array, `meta` that is not JSON, and
+        `metrics` without the metric that `best` names.
         """
         self.wait()
         step, newest = operator.index(step), self.latest
@@ -141,13 +142,14 @@ class Checkpoints:
         try:
             writer = self._writer = self._writer or self._open()
             self._policy.values[step] = values.get(self._best or "", math.inf)
-            response = writer.save_async(
-                step,
-                arrays,
-                force=True,
-                custom_metadata=header,
-                checkpointable_name=NAME,
-            )
+            with jax.transfer_guard("allow"):  # to save is to transfer, knowingly
+                response = writer.save_async(
+                    step,
+                    arrays,
+                    force=True,
+                    custom_metadata=header,
+                    checkpointable_name=NAME,
+                )
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = (step, response)
@@ -278,7 +280,7 @@ class Checkpoints:
         if not shapes:
             return {}
         try:
-            with _context():
+            with _context(), jax.transfer_guard("allow"):
                 loaded: Any = ocp.load(path, shapes, checkpointable_name=NAME)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # no room on this machine: the checkpoint is not to blame

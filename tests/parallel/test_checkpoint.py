@@ -318,6 +318,23 @@ def test_arrays_may_be_donated_at_once(tmp_path):
             assert (np.asarray(got["x"]) == step).all()
 
 
+def test_explicit_axes_under_a_transfer_guard(tmp_path):
+    """A run that forbids implicit transfers and has explicit axes may save."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    split = NamedSharding(mesh, PartitionSpec("a"))
+    state = {"h": jnp.ones(8, jnp.bfloat16), "i": jnp.arange(8).astype(jnp.int4)}
+    state = jax.device_put(state, split)
+    with (
+        jax.set_mesh(mesh),
+        jax.transfer_guard("disallow"),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        checkpoints.save(0, state, {})
+        got, _ = checkpoints.restore(state)
+    assert all(x.sharding == split for x in got.values())
+    assert_same(got, state)
+
+
 def test_inside_a_running_event_loop(tmp_path):
     """As in a notebook, where a loop already runs in this thread."""
     state = {"x": jnp.arange(4.0)}
