@@ -57,7 +57,7 @@ class Codebook(nnx.Module):
         *,
         codes: int = 1024,
         code_width: int = 32,
-        decay: float = 0.97,
+        decay: float = 0.95,
         window: int = 32,
         revive: float = 0.05,
         rngs: nnx.Rngs,
@@ -73,7 +73,7 @@ class Codebook(nnx.Module):
         self.outward = nnx.Linear(code_width, width, use_bias=False, rngs=rngs)
         start = jax.random.normal(rngs.params(), (codes, code_width), jnp.float32)
         self.average = CodeState(start)  # of what each code received: the code itself
-        self.weight = CodeState(jnp.ones(codes, jnp.float32))  # average count
+        self.weight = CodeState(jnp.zeros(codes, jnp.float32))  # average count
         self.spread = CodeState(jnp.ones((), jnp.float32))  # mean squared distance
         self.counts = CodeState(jnp.zeros((window, codes), jnp.float32))
         self.steps = CodeState(jnp.zeros((), jnp.int32))
@@ -101,7 +101,9 @@ class Codebook(nnx.Module):
         codes = nearest(jax.lax.stop_gradient(e), table)
         chosen = table[codes]
         z = self.outward(e + jax.lax.stop_gradient(chosen - e)).astype(x.dtype)
-        keep = jnp.ones(codes.shape, jnp.float32) if mask is None else mask.astype(float)
+        keep = (
+            jnp.ones(codes.shape, jnp.float32) if mask is None else mask.astype(float)
+        )
         square = jnp.sum((e - chosen) ** 2, -1)
         loss = jnp.sum(square * keep) / jnp.maximum(keep.sum(), 1.0)
         bits = -jnp.log2(self.frequencies())[codes] * keep
@@ -119,10 +121,14 @@ class Codebook(nnx.Module):
         seen = count.sum()
         keep = self.decay
         weight = keep * self.weight[...] + (1 - keep) * count
-        moved = (keep * (self.weight[...])[:, None] * self.average[...]) + (
-            (1 - keep) * total
+        moved = (
+            keep * self.weight[...][:, None] * self.average[...] + (1 - keep) * total
         )
-        average = moved / jnp.maximum(weight, 1e-8)[:, None]
+        average = jnp.where(
+            (weight > 0)[:, None],
+            moved / jnp.where(weight > 0, weight, 1.0)[:, None],
+            self.average[...],
+        )
         spread = keep * self.spread[...] + (1 - keep) * square / jnp.maximum(seen, 1.0)
         steps = self.steps[...]
         average, weight, revived = _split(

@@ -30,10 +30,14 @@ def sample_logits(
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
     share = jax.nn.softmax(ranked, -1)
     before = jnp.cumsum(share, -1) - share  # probability of all likelier tokens
-    ranked = jnp.where((before < top_p) | (jnp.arange(share.shape[-1]) == 0), ranked, -jnp.inf)
+    ranked = jnp.where(
+        (before < top_p) | (jnp.arange(share.shape[-1]) == 0), ranked, -jnp.inf
+    )
     floor = jnp.min(jnp.where(jnp.isfinite(ranked), ranked, jnp.inf), -1, keepdims=True)
     scaled = logits / jnp.maximum(temperature, 1e-6)
-    drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), -1)
+    drawn = jax.random.categorical(
+        key, jnp.where(scaled >= floor, scaled, -jnp.inf), -1
+    )
     return jnp.where(temperature == 0, greedy, drawn).astype(jnp.int32)
 
 

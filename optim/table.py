@@ -51,7 +51,9 @@ def make_optimizer(
     >>> tx = make_optimizer("adamw", warmup_cosine(1e-3, steps=100, warmup=10))
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {name!r}, but allowed are {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"optimizer: {name!r}, but allowed are {', '.join(OPTIMIZERS)}"
+        )
     return optax.chain(
         optax.clip_by_global_norm(clip), OPTIMIZERS[name](rate, weight_decay, matrices)
     )

@@ -147,7 +147,9 @@ def make_step(
     and advance's report. Raises ValueError for a bad argument, at once or when traced.
     """
     if gradients not in ("mean", "local"):
-        raise ValueError(f"gradients: {gradients!r}, but allowed are 'mean' and 'local'")
+        raise ValueError(
+            f"gradients: {gradients!r}, but allowed are 'mean' and 'local'"
+        )
     if microbatches < 1:
         raise ValueError(f"microbatches: {microbatches}, but it must be at least 1")
     if dict(mesh.shape) != dataclasses.asdict(layout):

@@ -1,0 +1,77 @@
+"""A trained model from a workdir, and text from it: what sample, evaluate and notebooks use."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from narrows.data.tokens import Tokenizer, make_tokenizer
+from narrows.models.generate import generate
+from narrows.models.transformer import Transformer
+from narrows.optim.table import make_optimizer
+from narrows.parallel.checkpoint import Checkpoints, inspect
+from narrows.parallel.layout import Layout, make_mesh
+from narrows.parallel.step import TrainState, abstract_state
+from narrows.scripts.model_flags import restore_parts
+
+
+class Trained(NamedTuple):
+    state: TrainState
+    meta: dict[str, Any]  # corpus, model record, flags: what the run was
+    path: pathlib.Path  # of the checkpoint
+
+
+def load_trained(
+    workdir: str | pathlib.Path, *, step: int | None = None, mesh: Any = None
+) -> Trained:
+    """The newest checkpoint (or that of `step`) onto a mesh, by default one device.
+
+    Raises ValueError where the workdir holds no such checkpoint.
+    """
+    folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"workdir: {workdir} holds no checkpoints; train there first")
+    found = inspect(folder, step)
+    mesh = make_mesh(Layout(), jax.devices()[:1]) if mesh is None else mesh
+    tx = make_optimizer(found.meta["optimizer"], lambda count: 0.0 * count)
+    init = restore_parts(found.meta["model"]).init
+    with Checkpoints(folder) as checkpoints:
+        target = abstract_state(init, tx, 0, mesh)
+        state, meta = checkpoints.restore(target, step=found.step)
+    return Trained(state, meta, folder / str(found.step))
+
+
+def model_of(state: TrainState, record: dict[str, Any]) -> Transformer:
+    """The module that a state and its model record make."""
+    return nnx.merge(restore_parts(record).graph, state.params, state.rest)
+
+
+def sample_text(
+    model: Transformer,
+    tokenizer: str | Tokenizer,
+    prompt: str,
+    *,
+    length: int = 200,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+) -> str:
+    """The prompt and `length` tokens after it; the same seed gives the same text."""
+    if isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer)
+    if not prompt:
+        raise ValueError("prompt: it is empty, but it must hold at least one character")
+    tokens = np.asarray(tokenizer.encode(prompt.encode("utf-8")), np.int32)
+    new = generate(
+        model,
+        jax.numpy.asarray(tokens[None]),
+        length=length,
+        key=jax.random.key(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return prompt + tokenizer.decode(jax.device_get(new)[0]).decode("utf-8", "replace")
