@@ -1,0 +1,1 @@
+"""Kernels, each behind its plain definition."""

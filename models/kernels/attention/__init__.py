@@ -1,0 +1,4 @@
+"""Attention: one call, its definition and the forms that match it."""
+
+from .api import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .api import attention as attention
