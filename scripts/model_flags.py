@@ -30,6 +30,7 @@ def define_model(values: flags.FlagValues) -> None:
         "waist_at", None, "before this block; default middle", 0, flag_values=values
     )
     integer("codes", 1024, "of the codebook waist", 2, flag_values=values)
+    integer("code_width", 16, "numbers in a code", 1, flag_values=values)
     enum("precision", "float32", list(PRECISION), "of activations", flag_values=values)
     enum(
         "remat",
@@ -49,7 +50,9 @@ def model_record(values: flags.FlagValues, *, vocab_size: int, max_len: int) -> 
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     config = {name: values[name].value for name in names & set(values)}
     config |= {"vocab_size": -(-vocab_size // 128) * 128, "max_len": max_len}
-    options = {"codes": values.codes} if values.waist == "codebook" else {}
+    options = {}
+    if values.waist == "codebook":
+        options = {"codes": values.codes, "code_width": values.code_width}
     return {
         "config": config | {"dtype": values.precision},
         "waist": values.waist,

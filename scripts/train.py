@@ -55,7 +55,7 @@ def define_flags() -> flags.FlagValues:
     integer("seq_len", 256, "tokens per row", 1, flag_values=f)
     integer("microbatches", 1, "cut each batch and add gradients", 1, flag_values=f)
     flags.DEFINE_enum("optimizer", "adamw", list(OPTIMIZERS), "by name", flag_values=f)
-    real("learning_rate", None, "peak; default 0.048 / width**0.5", 0.0, flag_values=f)
+    real("learning_rate", None, "peak; default 0.03 / width**0.5", 0.0, flag_values=f)
     integer(
         "warmup", None, "steps; default 5 % of --steps, at least 10", 0, flag_values=f
     )
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         parts = restore_parts(record)
         width = config_of(record).width
-        rate = 0.048 / width**0.5 if f.learning_rate is None else f.learning_rate
+        rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
         warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
         schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
         tx = make_optimizer(
