@@ -71,7 +71,9 @@ def normalize_by_residuals() -> optax.GradientTransformationExtraArgs:
                 "residuals is missing: call update(grads, state, params, residuals=s) "
                 "with s_i = |d loss_i / d margin_i| of the samples"
             )
-        return _divide(updates, jnp.mean(residuals)), state
+        s = jnp.asarray(residuals)
+        wide = jnp.promote_types(s.dtype, jnp.float32)
+        return _divide(updates, s.mean(dtype=wide)), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -180,9 +182,13 @@ def margin(z: np.ndarray) -> float:
 
     The least-distance problem min |w| subject to z_i.w >= 1 by non-negative least
     squares (Lawson and Hanson 1974, Ch. 23): a residual of zero certifies that no w
-    exists. Host code in float64.
+    exists. Host code in float64; a margin below 1e-9 R counts as none.
     """
     z = np.asarray(z, np.float64)
+    radius = np.linalg.norm(z, axis=1).max()
+    if radius == 0:
+        return 0.0
+    z = z / radius
     wanted = np.append(np.zeros(z.shape[1]), 1.0)
     system = np.vstack([z.T, np.ones(len(z))])
     dual, residual = nnls(system, wanted, maxiter=50 * len(z))
@@ -190,7 +196,7 @@ def margin(z: np.ndarray) -> float:
         return 0.0
     gap = wanted - system @ dual
     w = -gap[:-1] / gap[-1]
-    return float((z @ w).min() / np.linalg.norm(w))
+    return float(radius * (z @ w).min() / np.linalg.norm(w))
 
 
 def _divide(updates: Any, by: Float[Array, ""]) -> Any:

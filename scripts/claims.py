@@ -173,11 +173,16 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(m.name for m in pkgutil.iter_modules(reproductions.__path__)))
 
 
-def load(slug: str) -> ModuleType:
-    """The reproduction of a system. KeyError, with the nearest names, if unknown."""
+def check(slug: str) -> None:
+    """ValueError, with the nearest names, if no such system has a reproduction."""
     if slug not in names():
         near = difflib.get_close_matches(slug, names(), n=3, cutoff=0.4) or names()
-        raise KeyError(f"no system named {slug!r}; the nearest: {', '.join(near)}")
+        raise ValueError(f"no system named {slug!r}; the nearest: {', '.join(near)}")
+
+
+def load(slug: str) -> ModuleType:
+    """The reproduction of a system, if it keeps the contract; else ValueError."""
+    check(slug)
     module = importlib.import_module(f"{reproductions.__name__}.{slug}")
     if module.SYSTEM.slug != slug:
         raise ValueError(f"{slug}.py holds SYSTEM.slug={module.SYSTEM.slug!r}: rename")

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from narrows.scripts import claims, results
+from narrows.scripts import claims, command, results
 
 FOLDER = results.ROOT / "docs" / "figures"
 Draw = Callable[[Sequence[results.Recorded]], Figure]
@@ -39,7 +39,7 @@ def draw(name: str, results_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.
     slug, function = table()[name]
     rows = results.flat(results.read(results_dir, slug))
     if not rows:
-        raise flags.Error(
+        raise ValueError(
             f"figure {name} needs results/{slug}.jsonl: run "
             f"python scripts/reproduce.py --system={slug} --record"
         )
@@ -59,16 +59,13 @@ def main(argv: Sequence[str]) -> int:
         "results_dir", str(results.RESULTS), "recorded lines", flag_values=f
     )
     flags.DEFINE_string("out_dir", str(FOLDER), "where figures go", flag_values=f)
-    try:
-        f(argv)
-        known = table()
+    command.parse(f, argv, __doc__)
+    known = table()
+    with command.bad_input():
         if f.figure != "all" and f.figure not in known:
-            raise flags.Error(f"no figure {f.figure!r}; there are: {', '.join(known)}")
+            raise ValueError(f"no figure {f.figure!r}; there are: {', '.join(known)}")
         for name in known if f.figure == "all" else [f.figure]:
             print(draw(name, pathlib.Path(f.results_dir), pathlib.Path(f.out_dir)))
-    except flags.Error as error:
-        print(error)
-        return 2
     return 0
 
 

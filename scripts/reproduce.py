@@ -19,15 +19,14 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags
-from narrows.scripts import claims, results
+from narrows.scripts import claims, command, results
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 
-def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """The flags of one call, apart from absl's global ones: calls can repeat."""
+def define_flags() -> flags.FlagValues:
     f = flags.FlagValues()
     flags.DEFINE_string("system", None, "which system to measure", flag_values=f)
     flags.DEFINE_bool("list", False, "list systems and what was recorded", f)
@@ -42,30 +41,25 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "data_dir", None, "larger data sets; default ../shared/data", flag_values=f
     )
-    flags.DEFINE_bool("help", False, "show this text", f)
-    f(argv)
-    if f.list == (f.system is not None) and not f.help:
-        raise flags.Error("give either --system=<slug> or --list")
     return f
 
 
 def main(argv: Sequence[str], console: Console | None = None) -> int:
+    f = define_flags()
+    command.parse(f, argv, __doc__)
     console = console or Console(width=None if sys.stdout.isatty() else 132)
-    try:
-        f = parse(argv)
-        if f.help:
-            console.print(__doc__, f.get_help(), markup=False, highlight=False)
-            return 0
-        folder = pathlib.Path(f.results_dir)
-        if f.list:
-            console.print(listing(folder))
-            return 0
+    folder = pathlib.Path(f.results_dir)
+    with command.bad_input():
+        if f.list == (f.system is not None):
+            raise ValueError("give either --system=<slug> or --list")
         data_dir = data_folder(f.data_dir)
-        module = claims.load(f.system)
-    except (flags.Error, KeyError) as error:
-        console.print(str(error.args[0]), markup=False, highlight=False, soft_wrap=True)
-        return 2
+        if not f.list:
+            claims.check(f.system)
+    if f.list:
+        console.print(listing(folder))
+        return 0
 
+    module = claims.load(f.system)
     token = claims.DATA_DIR.set(data_dir)
     try:
         seeds = range(f.seed, f.seed + f.seeds)
@@ -90,7 +84,7 @@ def data_folder(given: str | None) -> pathlib.Path | None:
     if folder.is_dir():
         return folder
     if given:
-        raise flags.Error(f"--data_dir={given} is no folder: leave it out or name one")
+        raise ValueError(f"--data_dir={given} is no folder: leave it out or name one")
     return None
 
 

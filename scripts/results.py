@@ -157,5 +157,10 @@ def _written(value: float) -> float | str:
 
 
 def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            ["git", "-C", ROOT, *words], capture_output=True, text=True
+        )
+    except FileNotFoundError:  # a machine without git
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

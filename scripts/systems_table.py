@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from absl import flags
-from narrows.scripts import claims, results
+from narrows.scripts import claims, command, results
 
 BEGIN, END = "<!-- systems:begin -->", "<!-- systems:end -->"
 LIST = results.ROOT / "docs" / "systems.tsv"
@@ -136,7 +136,7 @@ def cell(text: str) -> str:
 def between_markers(text: str, table: str) -> str:
     """The text with the table between the markers. ValueError if they are missing."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise flags.Error(f"README.md must hold {BEGIN} and {END} once each: add them")
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each: add them")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
@@ -148,18 +148,13 @@ def main(argv: Sequence[str]) -> int:
         "results_dir", str(results.RESULTS), "recorded lines", flag_values=f
     )
     flags.DEFINE_string("root", str(results.ROOT), "of the checkout", flag_values=f)
-    try:
-        f(argv)
-        folder, root = pathlib.Path(f.results_dir), pathlib.Path(f.root)
-        stale = write(root / "docs" / "systems.md", page(folder), check=f.check)
+    command.parse(f, argv, __doc__)
+    folder, root = pathlib.Path(f.results_dir), pathlib.Path(f.root)
+    stale = write(root / "docs" / "systems.md", page(folder), check=f.check)
+    with command.bad_input():
         readme = root / "README.md"
-        if not readme.exists():
-            raise flags.Error(f"no README.md in {root}: write one with {BEGIN} {END}")
         text = between_markers(readme.read_text(), overview(folder))
-        stale |= write(readme, text, check=f.check)
-    except flags.Error as error:
-        print(error)
-        return 2
+    stale |= write(readme, text, check=f.check)
     return 1 if f.check and stale else 0
 
 

@@ -160,6 +160,13 @@ def test_it_divides_any_tree_by_the_mean_residual_and_keeps_dtypes():
     chex.assert_trees_all_close(updates, {"w": 5 * grads["w"], "b": 5 * grads["b"]})
 
 
+def test_half_precision_residuals_are_averaged_in_float32():
+    """The mean of 1 and 1 + 2^-7 lies between two neighbours of bfloat16."""
+    s = jnp.array([1.0, 1 + 2**-7], jnp.bfloat16)
+    updates, _ = normalize_by_residuals().update(jnp.ones(2), (), residuals=s)
+    chex.assert_trees_all_close(updates, jnp.full(2, 1 / (1 + 2**-8)), rtol=1e-6)
+
+
 def test_workers_that_average_both_give_the_update_of_one():
     """pmean of gradients and of residuals, the latter passed as a scalar."""
     z = jnp.asarray(random_set(np.random.default_rng(3), 24, 5), jnp.float32)
@@ -208,6 +215,8 @@ def test_margin_is_exact():
     """Known margins; a set with opposite points has none."""
     for mu in (0.01, 0.1, 0.5):
         turn = np.linalg.qr(np.random.default_rng(5).normal(size=(6, 6)))[0][:2]
-        assert margin(3 * hard_set(7, mu, turn)) == pytest.approx(3 * mu, rel=1e-9)
+        for size in (3.0, 1e-12, 1e12):
+            found = margin(size * hard_set(7, mu, turn))
+            assert found == pytest.approx(size * mu, rel=1e-9)
     assert margin(np.array([[1.0, 0.0], [-1.0, 0.0]])) == 0.0
     assert margin(np.array([[1.0, 1.0], [-1.0, 2.0], [0.0, -1.0]])) == 0.0
