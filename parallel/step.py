@@ -202,14 +202,14 @@ def make_step(
 
     def apply(params, opt, grads):
         updates, opt = tx.update(grads, opt, params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         return optax.apply_updates(params, updates), opt, norm
 
     def apply_local(params, opt, grads):
         def worker(params, opt, grads):
             grads = jax.tree.map(lambda g: g[0], grads)
             params, opt, _ = apply(params, opt, grads)
-            squares = jax.lax.pmean(optax.global_norm(grads) ** 2, "data")
+            squares = jax.lax.pmean(optax.tree.norm(grads) ** 2, "data")
             return params, opt, jnp.sqrt(squares)
 
         return jax.shard_map(

@@ -1,0 +1,47 @@
+"""The training step compiles for TPU slices that are not there."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from narrows.models.language_model import model_parts
+from narrows.models.transformer import TransformerConfig
+from narrows.parallel.layout import Layout, batch_sharding, make_mesh
+from narrows.parallel.step import abstract_state, make_step
+from narrows.parallel.wire import collectives, summary
+
+pytest.importorskip("libtpu", reason="install the tpu extra to compile for TPUs")
+
+
+@pytest.fixture(scope="module")
+def devices():
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+def test_the_step_compiles_for_a_slice_of_eight(devices):
+    """Batch, parameters and heads are split there, and gradients cross every axis."""
+    layout = Layout.parse("data=2,fsdp=2,tensor=2")
+    mesh = make_mesh(layout, devices)
+    config = TransformerConfig(
+        depth=2, width=256, heads=4, dtype=jnp.bfloat16, scan=True, remat="full"
+    )
+    parts = model_parts(config, "codebook", waist_options={"codes": 128})
+    tx = optax.adamw(1e-3)
+    state = abstract_state(parts.init, tx, 0, mesh)
+    rows = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=batch_sharding(mesh))
+    step = make_step(parts.loss, tx, layout, mesh, advance=parts.advance)
+    batch = {"tokens": rows, "targets": rows}
+    compiled = step.fused.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    assert memory.argument_size_in_bytes < 0.8 * 3 * whole  # parameters and moments
+    crossed = {axis for _, axes in summary(collectives(compiled, mesh)) for axis in axes}
+    assert crossed == {"data", "fsdp", "tensor"}
