@@ -1,4 +1,4 @@
-"""A run's own record in its workdir: `run.json`, `metrics.jsonl`, TensorBoard, a figure.
+"""A run's own record in its workdir: `metrics.jsonl`, TensorBoard, a figure.
 
 `metrics.jsonl` has one row per update: step, split, loss (nats per token), then the
 rest. Rows after the step that a run resumes from are dropped, so a stopped and resumed
@@ -8,13 +8,11 @@ run leaves the rows of one that never stopped.
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 class RunLog:
@@ -44,40 +42,35 @@ class RunLog:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a log, oldest first; a last line that a kill cut short is left out."""
+    """The rows of a log, oldest first, without a last line that a kill cut short."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def draw_run(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+def draw_run(rows: Sequence[dict[str, Any]]) -> Figure:
     """Loss in bits per byte, and bits and usage at the waist, against the step."""
-    train = [row for row in rows if row["split"] == "train"]
-    checked = [row for row in rows if row["split"] == "validation"]
-    steps = [row["step"] for row in train]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 3.2), layout="constrained"
-    )
-    left.plot(steps, [row["bits_per_byte"] for row in train], label="train", lw=1)
-    left.plot(
-        [row["step"] for row in checked],
-        [row["bits_per_byte"] for row in checked],
-        "o-",
-        label="validation",
-        ms=4,
-    )
+    train = [row for row in rows if row.get("split") == "train"]
+    checked = [row for row in rows if row.get("split") == "validation"]
+
+    def curve(axes, rows, name, style="-", **options):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, **options)
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curve(left, train, "bits_per_byte", label="train", lw=1)
+    curve(left, checked, "bits_per_byte", "o-", label="validation", ms=4)
     left.set(xlabel="step", ylabel="bits per byte", ylim=(0, 8.5))
     left.legend(frameon=False)
-    right.plot(steps, [row["waist_bits"] for row in train], lw=1)
-    right.set(xlabel="step", ylabel="bits per position through the waist")
-    if train and "waist_usage" in train[-1]:
-        usage = right.twinx()
-        usage.plot(steps, [100 * row["waist_usage"] for row in train], color="C2", lw=1)
-        usage.set(ylabel="codes used in the window, %", ylim=(0, 105))
-        usage.yaxis.label.set_color("C2")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    curve(right, train, "waist_bits", label="bits passed per position", lw=1)
+    curve(right, train, "waist_entropy", label="entropy of the codes", lw=1)
+    right.set_ylim(bottom=0)
+    right.set(xlabel="step", ylabel="bits at the waist")
+    right.legend(frameon=False, loc="lower right")
+    return figure
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -278,7 +278,7 @@ def main(argv: Sequence[str]) -> int:
             save(done, None)
     if log:
         log.close()
-        draw_run(read_rows(log.path), workdir / "run.png")
+        draw_run(read_rows(log.path)).savefig(workdir / "run.png", dpi=140)
     if stops:
         console.print(f"stopped at step {done} by {signal.Signals(stops[0]).name}")
     elif f.sample and jax.process_count() == 1:
