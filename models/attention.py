@@ -28,7 +28,7 @@ class LayerCache(NamedTuple):
 def rotate(
     x: Float[Array, "b t n h"], positions: Int[Array, "b t"], base: float = 10_000.0
 ) -> Float[Array, "b t n h"]:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864, Eq. 34): pairs (i, i + h/2)."""
+    """Rotary position (Su et al. 2021, arXiv:2104.09864, Eq. 34); pairs i, i + h/2."""
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.rotary, self.causal = rotary, causal
-        inward = dict(axis=-1, use_bias=bias, dtype=dtype, rngs=rngs)
+        inward = {"axis": -1, "use_bias": bias, "dtype": dtype, "rngs": rngs}
         self.query = nnx.LinearGeneral(width, (heads, head_width), **inward)
         self.key = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
         self.value = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         length: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        """Attend within equal segment ids; with a cache of `length` positions, after them."""
+        """Attend within equal segment ids, or after the cache's `length` positions."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             query = self.query_norm(query).astype(x.dtype)

@@ -1,8 +1,8 @@
 """The contract of a bottleneck layer: what passes, what it costs, how many bits.
 
-A layer is an nnx.Module called as `layer(x, mask=None) -> Waist`. The call is pure: what
-the layer would learn from a batch without gradients leaves as `stats`, plain sums over
-positions. The training step adds them over microbatches and devices and calls
+A layer is an nnx.Module called as `layer(x, mask=None) -> Waist`. The call is pure:
+what the layer would learn from a batch without gradients leaves as `stats`, plain sums
+over positions. The training step adds them over microbatches and devices and calls
 `layer.update(stats)` once per optimizer step, so that rematerialisation, pipelines and
 any cut of the batch give the same layer.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Waist(NamedTuple):
-    """What a bottleneck returns. Masked positions change nothing in it but their own z."""
+    """What a bottleneck returns; masked positions change nothing but their own z."""
 
     z: Float[Array, "*b d"]  # passes on, caller's dtype
     loss: Float[Array, ""]  # unweighted mean over unmasked positions, float32
@@ -36,7 +36,7 @@ class Bottleneck(Protocol):
     ) -> Waist: ...
 
     def update(self, stats: Any) -> dict[str, jax.Array]:
-        """Learn from one optimizer step's summed stats; return float32 scalars to log."""
+        """Learn from a step's summed stats; return float32 scalars to log."""
         ...
 
 
@@ -48,7 +48,9 @@ class Open(nnx.Module):
     """
 
     def __call__(self, x: Float[Array, "*b d"], mask=None) -> Waist:
-        bits = jnp.full(x.shape[:-1], x.shape[-1] * jnp.finfo(x.dtype).bits, jnp.float32)
+        bits = jnp.full(
+            x.shape[:-1], x.shape[-1] * jnp.finfo(x.dtype).bits, jnp.float32
+        )
         if mask is not None:
             bits = jnp.where(mask, bits, 0.0)
         return Waist(x, jnp.zeros((), jnp.float32), bits)

@@ -1,12 +1,12 @@
 """A vector-quantised waist: each position passes as one of k codes.
 
-    e = unit(W_in norm(x)),  c = argmin_j |e - C_j|^2,  z = W_out C_c   (straight-through)
+    e = unit(W_in norm(x)),  c = argmin_j |e - C_j|^2,  z = W_out C_c (straight-through)
 
 (van den Oord et al. 2017, arXiv:1711.00937, Eq. 1 to 3; codes in a narrow space as in
-Yu et al. 2022, arXiv:2110.04627, Sec. 3.2). Codes follow the exponential average of what
-they receive (Appendix A.1); a code that receives too little is moved beside one that
-receives much, split as in Linde, Buzo and Gray 1980. Splitting needs only sums, so the
-codebook is the same on any number of devices and microbatches.
+Yu et al. 2022, arXiv:2110.04627, Sec. 3.2). Codes follow the exponential average of
+what they receive (Appendix A.1); a code that receives too little is moved beside one
+that receives much, split as in Linde, Buzo and Gray 1980. Splitting needs only sums, so
+the codebook is the same on any number of devices and microbatches.
 """
 
 import math
@@ -29,7 +29,7 @@ class CodeSums(NamedTuple):
 
 
 def nearest(e: Float[Array, "*b e"], codes: Float[Array, "k e"]) -> Int[Array, "*b"]:
-    """Index of the nearest code; float32 distances for every input dtype, ties to the first.
+    """Index of the nearest code; distances are float32 always, ties go to the first.
 
     |e - C_j|^2 is compared as |C_j|^2 / 2 - e C_j, which orders the codes alike.
     """
@@ -43,7 +43,7 @@ class CodeState(nnx.Variable):
 
 
 class Codebook(nnx.Module):
-    """A waist of `codes` codes of `code_width` numbers, at most log2(codes) bits a position.
+    """A waist of `codes` codes of `code_width` numbers: log2(codes) bits a position.
 
     decay: of the averages a code follows, per optimizer step.
     window: optimizer steps over which usage and code frequencies are counted.
@@ -64,8 +64,8 @@ class Codebook(nnx.Module):
     ):
         if codes < 2 or code_width < 1 or window < 1:
             raise ValueError(
-                f"codebook: codes={codes}, code_width={code_width}, window={window}, but "
-                "it needs at least 2 codes, a width of 1 and a window of 1 step"
+                f"codebook: codes={codes}, code_width={code_width}, window={window}, "
+                "but it needs at least 2 codes, a width of 1 and a window of 1 step"
             )
         self.decay, self.revive = decay, revive
         self.norm = nnx.RMSNorm(width, rngs=rngs)
@@ -76,11 +76,11 @@ class Codebook(nnx.Module):
         self.weight = CodeState(jnp.zeros(codes, jnp.float32))  # average count
         self.spread = CodeState(jnp.ones((), jnp.float32))  # mean squared distance
         self.counts = CodeState(jnp.zeros((window, codes), jnp.float32))
-        self.steps = CodeState(jnp.zeros((), jnp.int32))
+        self.steps = CodeState(jnp.zeros((), jnp.int32))  # updates that learned
 
     @property
     def capacity(self) -> float:
-        """Bits per position that cannot be exceeded."""
+        """Bits of a code's index, which mean bits over the window cannot exceed."""
         return math.log2(self.weight[...].size)
 
     def encode(self, x: Float[Array, "*b d"]) -> Int[Array, "*b"]:
@@ -94,16 +94,18 @@ class Codebook(nnx.Module):
     ) -> Waist:
         """bits are -log2 of the chosen code's frequency in the window.
 
-        Their mean is the empirical entropy of the codes when traffic is stationary.
+        Their mean is the empirical entropy of the codes when traffic is stationary;
+        those of a rare code may exceed the capacity. z holds the code and nothing else.
         """
+        if mask is not None:
+            x = jnp.where(mask[..., None], x, 0)  # not even a NaN there goes further
         e = self._inward(x)
         table = jax.lax.stop_gradient(self.average[...])
         codes = nearest(jax.lax.stop_gradient(e), table)
         chosen = table[codes]
-        z = self.outward(e + jax.lax.stop_gradient(chosen - e)).astype(x.dtype)
-        keep = (
-            jnp.ones(codes.shape, jnp.float32) if mask is None else mask.astype(float)
-        )
+        z = self.outward(chosen + (e - jax.lax.stop_gradient(e))).astype(x.dtype)
+        keep = jnp.ones(codes.shape) if mask is None else mask
+        keep = keep.astype(jnp.float32)
         square = jnp.sum((e - chosen) ** 2, -1)
         loss = jnp.sum(square * keep) / jnp.maximum(keep.sum(), 1.0)
         bits = -jnp.log2(self.frequencies())[codes] * keep
@@ -111,7 +113,7 @@ class Codebook(nnx.Module):
         return Waist(z, loss, bits, stats, codes=codes)
 
     def frequencies(self) -> Float[Array, " k"]:
-        """Share of each code in the window, half a count added: never zero, sums to 1."""
+        """Share of each code in the window, half a count added: never 0, sums to 1."""
         counts = self.counts[...].sum(0) + 0.5
         return counts / counts.sum()
 
@@ -121,14 +123,9 @@ class Codebook(nnx.Module):
         seen = count.sum()
         keep = self.decay
         weight = keep * self.weight[...] + (1 - keep) * count
-        moved = (
-            keep * self.weight[...][:, None] * self.average[...] + (1 - keep) * total
-        )
-        average = jnp.where(
-            (weight > 0)[:, None],
-            moved / jnp.where(weight > 0, weight, 1.0)[:, None],
-            self.average[...],
-        )
+        off = total - count[:, None] * self.average[...]  # 0 where nothing came
+        share = (1 - keep) / jnp.where(weight > 0, weight, 1.0)
+        average = self.average[...] + share[:, None] * off
         spread = keep * self.spread[...] + (1 - keep) * square / jnp.maximum(seen, 1.0)
         steps = self.steps[...]
         average, weight, revived = _split(
@@ -141,13 +138,13 @@ class Codebook(nnx.Module):
             (self.weight, weight),
             (self.spread, spread),
             (self.counts, window),
+            (self.steps, steps + 1),
         ):
             state[...] = jnp.where(arrived, new, state[...])
-        self.steps[...] = steps + 1
         return self.report() | {"waist_revived": jnp.where(arrived, revived, 0.0)}
 
     def report(self) -> dict[str, jax.Array]:
-        """Over the window: share of codes used, entropy in bits, perplexity in codes."""
+        """Of the window: share of codes used, entropy in bits, perplexity in codes."""
         counts = self.counts[...].sum(0)
         share = counts / jnp.maximum(counts.sum(), 1.0)
         entropy = -jnp.sum(jax.scipy.special.xlogy(share, share)) / math.log(2)
@@ -176,9 +173,9 @@ def _sums(e, codes, square, keep, k: int) -> CodeSums:
 def _split(average, weight, spread, floor, steps):
     """Give the j-th code below `floor` half of the j-th fullest code, a little aside.
 
-    Aside is a tenth of the mean distance to a code, in a random direction: a plane close
-    to the donor halves what it receives, where one at full distance would, in many
-    dimensions, cut off almost nothing.
+    Aside is a tenth of the mean distance to a code, in a random direction: a plane
+    close to the donor halves what it receives, where one at full distance would, in
+    many dimensions, cut off almost nothing.
     """
     k, width = average.shape
     starved = weight < floor

@@ -24,21 +24,18 @@ def sample_logits(
     smallest set of tokens whose probability reaches top_p, always the likeliest one.
     """
     logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, -1)
-    ranked = jnp.sort(logits / jnp.maximum(temperature, 1e-6), axis=-1, descending=True)
+    order = jnp.argsort(logits, axis=-1, descending=True)  # stable: ties to the first
+    ranked = jnp.take_along_axis(logits, order, -1) / jnp.maximum(temperature, 1e-6)
+    rank = jnp.arange(ranked.shape[-1])
     if top_k:
-        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
+        ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
     share = jax.nn.softmax(ranked, -1)
     before = jnp.cumsum(share, -1) - share  # probability of all likelier tokens
-    ranked = jnp.where(
-        (before < top_p) | (jnp.arange(share.shape[-1]) == 0), ranked, -jnp.inf
-    )
-    floor = jnp.min(jnp.where(jnp.isfinite(ranked), ranked, jnp.inf), -1, keepdims=True)
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    drawn = jax.random.categorical(
-        key, jnp.where(scaled >= floor, scaled, -jnp.inf), -1
-    )
-    return jnp.where(temperature == 0, greedy, drawn).astype(jnp.int32)
+    # Rounding brings `before` to 1 ahead of the last tokens, which 1 must not lose.
+    keep = (before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1)
+    drawn = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), -1)
+    drawn = jnp.where(temperature == 0, 0, drawn)
+    return jnp.take_along_axis(order, drawn[:, None], -1)[:, 0].astype(jnp.int32)
 
 
 def generate(
@@ -67,8 +64,12 @@ def generate(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}, but allowed are "
             "temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
         )
+    size = model.config.vocab_size
+    if vocab_size is not None and not 1 <= vocab_size <= size:
+        raise ValueError(
+            f"vocab_size: {vocab_size}, but the model knows 1..{size} tokens"
+        )
     graph, state = nnx.split(model)
-    model.empty_cache(1, prompt.shape[1] + length)  # raises where there is no room
     return _generate(
         graph,
         nnx.as_pure(state),
@@ -78,7 +79,7 @@ def generate(
         jnp.float32(top_p),
         length=length,
         top_k=top_k,
-        vocab_size=vocab_size or model.config.vocab_size,
+        vocab_size=vocab_size or size,
     )
 
 

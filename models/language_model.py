@@ -72,10 +72,11 @@ def model_parts(
 ) -> Parts:
     """Init, loss and advance of a language model.
 
-    A batch is {"tokens", "targets"} [b, t] and perhaps "mask" (True where it counts) and
-    "segment_ids". Sums: nats, waist_loss, waist_bits (per position when divided by weight).
+    A batch is {"tokens", "targets"} [b, t] and perhaps "mask" (True where it counts)
+    and "segment_ids". Sums: nats, waist_loss, waist_bits; per position when divided by
+    the weight.
     """
-    options = dict(waist_at=waist_at, waist_options=waist_options)
+    options = {"waist_at": waist_at, "waist_options": waist_options}
     graph = nnx.split(
         nnx.eval_shape(lambda: build(config, waist, key=jax.random.key(0), **options))
     )[0]

@@ -63,16 +63,19 @@ class TransformerConfig:
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r}, but allowed are {allowed}"
                 )
+        for name, value in dataclasses.asdict(self).items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if whole and value < 1:
+                raise ValueError(f"{name}: {value}, but it must be at least 1")
         default("width", 64 * self.depth)
         default("heads", max(1, self.width // (self.head_width or 64)))
         default("kv_heads", self.heads)
         default("head_width", self.width // self.heads)
         gated = 64 * -(-8 * self.width // (3 * 64))  # 8/3 width: as many parameters
         default("mlp_width", gated if self.mlp == "gated" else 4 * self.width)
-        if self.depth < 1 or self.heads % self.kv_heads:
+        if self.heads % self.kv_heads:
             raise ValueError(
-                f"heads: {self.heads} heads over kv_heads={self.kv_heads} at depth="
-                f"{self.depth}, but kv_heads must divide heads and depth be at least 1"
+                f"kv_heads: {self.kv_heads}, but it must divide heads={self.heads}"
             )
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(
@@ -124,7 +127,7 @@ class MLP(nnx.Module):
     """gelu: W_down gelu(W_up x); gated: W_down (silu(W_gate x) * W_up x)."""
 
     def __init__(self, config: TransformerConfig, residual_scale, *, rngs: nnx.Rngs):
-        options = dict(use_bias=config.bias, dtype=config.dtype, rngs=rngs)
+        options = {"use_bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.up = nnx.Linear(config.width, config.mlp_width, **options)
         gated = config.mlp == "gated"
         self.gate = (
@@ -174,7 +177,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, `depth` blocks with a waist before block `waist_at`, output projection.
+    """Embedding, `depth` blocks with a waist before `waist_at`, output projection.
 
     >>> model = Transformer(TransformerConfig(depth=2), rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((1, 8), jnp.int32)).logits.shape
@@ -226,8 +229,9 @@ class Transformer(nnx.Module):
     ) -> Output:
         """Logits of the next token (decoder) or of each position (encoder).
 
-        mask: False where padding; nothing attends there. segment_ids: >= 0; positions
-        attend within equal ids only. cache: continue after the positions it holds.
+        mask: False where padding; nothing attends there. segment_ids: >= 0, each a run
+        of the row; positions attend within equal ids only and are counted from the
+        run's first, unless `positions` says else. cache: continue after what it holds.
         Raises ValueError where learned positions or the cache have no room.
         """
         config, (rows, length) = self.config, tokens.shape
@@ -236,13 +240,28 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"tokens: {length} positions, but max_len={config.max_len} are learned"
             )
-        if cache is not None and (not config.causal or segment_ids is not None):
-            raise ValueError("cache: only for a causal model without segment_ids")
+        if cache is not None:
+            if not config.causal or mask is not None or segment_ids is not None:
+                raise ValueError(
+                    "cache: only for a causal model, without mask and segment_ids"
+                )
+            room = cache.layers.keys.shape[2]
+            held = 0 if isinstance(past, jax.core.Tracer) else int(past)
+            if held + length > room:
+                raise ValueError(
+                    f"cache: {held} positions held and {length} tokens to come, but it "
+                    f"has room for {room}; make a larger empty_cache"
+                )
         if positions is None:
-            positions = jnp.broadcast_to(past + jnp.arange(length), (rows, length))
+            index = jnp.broadcast_to(jnp.arange(length), (rows, length))
+            positions = past + index
+            if segment_ids is not None:
+                begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+                positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
         if mask is not None:
             ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             segment_ids = jnp.where(mask, ids, -1)
+            tokens = jnp.where(mask, tokens, 0)  # so that any padding will do
         # Collected over fsdp but not over tensor, before the look-up: left alone, the
         # partitioner would move the looked-up rows instead of the table.
         table = constrain(self.embed.embedding[...], "tensor", None)
@@ -250,7 +269,7 @@ class Transformer(nnx.Module):
         if self.position is not None:
             x = x + self.position(positions).astype(config.dtype)
         x = constrain(x, *STREAM)
-        options = dict(positions=positions, segment_ids=segment_ids, length=past)
+        options = {"positions": positions, "segment_ids": segment_ids, "length": past}
         layers = None if cache is None else cache.layers
         cut = self.waist_at
         x, low = self._trunk(x, 0, cut, layers, options)
@@ -278,6 +297,8 @@ class Transformer(nnx.Module):
         graph, stack = nnx.split(self.blocks)
         stack = _part(nnx.as_pure(stack), start, stop)
         layers = None if layers is None else _part(layers, start, stop)
+        if start == stop:
+            return x, layers
 
         def run(x, xs):
             params, cache = xs
@@ -296,8 +317,6 @@ class Transformer(nnx.Module):
             caches.append(cache)
         if layers is None:
             return x, None
-        if not caches:
-            return x, layers
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
     def _logits(self, x) -> Float[Array, "b t v"]:
@@ -316,7 +335,7 @@ class Transformer(nnx.Module):
 
 
 def _part(stack, start: int, stop: int):
-    """Layers start..stop. Splitting, unlike slicing, has a concatenation as transpose."""
+    """Layers start..stop; unlike a slice, a split has a concatenation as transpose."""
     depth = jax.tree.leaves(stack)[0].shape[0]
     sizes = (start, stop - start, depth - stop)
     return jax.tree.map(lambda leaf: jax.lax.split(leaf, sizes)[1], stack)

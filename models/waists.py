@@ -1,4 +1,4 @@
-"""The table of waists: name -> factory(width, rngs=..., **options) of a bottleneck layer.
+"""The table of waists: name -> factory(width, rngs=..., **options) of a layer.
 
 A new waist is one file beside this one and one line here.
 """
