@@ -42,6 +42,20 @@ def shared_data():
     return folder
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Spend a third of the time on compiling; the same collectives, slower code.
+
+    For modules that compile whole training steps of tiny models.
+    """
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def two_processes():
     """Two JAX processes of two devices each: `two_processes(function, **kwargs)`.
