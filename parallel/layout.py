@@ -96,7 +96,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """This process's share of a batch as (index, count): rows [index, index+1) * rows/count.
+    """This process's share of a batch, (index, count): rows [index, index+1) rows/count.
 
     Processes whose devices hold the same rows (a tensor axis across processes) get the
     same share. Raises ValueError where the rows do not divide over the batch's axes.
@@ -122,9 +122,13 @@ def process_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 def place_batch(batch, mesh: Mesh):
     """Make global arrays from each process's own rows (numpy in, jax.Array out)."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+
+    def place(x):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    # With several processes JAX counts this explicit transfer as an implicit one.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(place, batch)
 
 
 def _automatic_axes() -> tuple[str, ...]:

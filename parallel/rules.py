@@ -86,10 +86,10 @@ def shardings(tree, mesh: Mesh, rules: Sequence[Rule] = TRANSFORMER):
 
 
 def follow(tree, params, placed):
-    """Shardings for optimizer state: a leaf follows the parameter that its name ends with.
+    """Shardings of optimizer state: a leaf follows the parameter that its name ends with.
 
-    `placed` holds the shardings of `params`. Scalars are whole. Raises ValueError for an
-    array that is no parameter's: its place must be stated, not guessed.
+    `placed` holds the shardings of `params`. Scalars are whole. Raises ValueError for
+    an array that is no parameter's: its place must be stated, not guessed.
     """
     shapes = jax.tree_util.tree_leaves_with_path(params)
     places = jax.tree.leaves(placed)

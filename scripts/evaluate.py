@@ -2,8 +2,8 @@
 
     python scripts/evaluate.py --workdir=/tmp/waist
 
-Prints bits per byte with its 95 % interval over blocks of text, the bits that passed the
-waist, and one JSON line with the same. Exit code 2 for bad input.
+Prints bits per byte with its 95 % interval over blocks of text, the bits that passed
+the waist, and one JSON line with the same. Exit code 2 for bad input.
 """
 
 import json
@@ -37,14 +37,16 @@ def define_flags() -> flags.FlagValues:
     return f
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], devices: Sequence[jax.Device] | None = None) -> int:
+    """Score as argv says, on all devices unless some are given; the exit code."""
     f = define_flags()
     command.parse(f, argv, __doc__)
     console = Console(stderr=True, highlight=False)
     with command.bad_input():
         if f.workdir is None:
             raise ValueError("workdir: give --workdir, the folder of a trained run")
-        mesh = make_mesh(Layout.parse(f.mesh, devices=jax.device_count()))
+        devices = jax.devices() if devices is None else devices
+        mesh = make_mesh(Layout.parse(f.mesh, devices=len(devices)), devices)
         process_rows(mesh, f.batch_size)
         trained = load_trained(f.workdir, step=f.step, mesh=mesh)
         run = trained.meta
@@ -99,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def block_interval(nats: np.ndarray, count: np.ndarray, blocks: int = 20):
-    """95 % t interval of nats per token, over `blocks` stretches of consecutive windows.
+    """95 % t interval of nats per token, over `blocks` stretches of neighbour windows.
 
     Neighbouring windows come from one file and are alike, so single windows would give
     an interval that is too narrow; stretches are nearly independent.

@@ -1,4 +1,4 @@
-"""A trained model from a workdir, and text from it: what sample, evaluate and notebooks use."""
+"""A trained model from a workdir, and text from it: for commands and notebooks."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -40,6 +40,30 @@ def load_trained(
         target = abstract_state(init, tx, 0, mesh)
         state, meta = checkpoints.restore(target, step=found.step)
     return Trained(state, meta, folder / str(found.step))
+
+
+def check_same_run(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Raise ValueError unless the newest checkpoint's run agrees with `wanted`.
+
+    Each entry that differs is named by its flag, with both values.
+    """
+
+    def flat(record: dict[str, Any]) -> dict[str, Any]:
+        model = record["model"]
+        options = model["waist_options"]
+        shape = {**model["config"], "waist": model["waist"], **options}
+        shape |= {"waist_at": model["waist_at"], "precision": shape.pop("dtype")}
+        rest = {name: record.get(name) for name in wanted if name != "model"}
+        return {"data": f"text of hash {rest.pop('corpus')[:12]}", **shape, **rest}
+
+    found = inspect(folder)
+    here, there = flat(wanted), flat(found.meta)
+    if differ := [n for n in here | there if here.get(n) != there.get(n)]:
+        said = ", ".join(f"{n}={here.get(n)} (was {there.get(n)})" for n in differ)
+        raise ValueError(
+            f"workdir: the run in {folder.parent} cannot go on with {said}; give the "
+            "flags it was started with, or another --workdir"
+        )
 
 
 def model_of(state: TrainState, record: dict[str, Any]) -> Transformer:
