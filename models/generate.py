@@ -31,8 +31,7 @@ def sample_logits(
         ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
     share = jax.nn.softmax(ranked, -1)
     before = jnp.cumsum(share, -1) - share  # probability of all likelier tokens
-    # Rounding brings `before` to 1 ahead of the last tokens, which 1 must not lose.
-    keep = (before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1)
+    keep = (before < top_p) | (rank == 0)
     drawn = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), -1)
     drawn = jnp.where(temperature == 0, 0, drawn)
     return jnp.take_along_axis(order, drawn[:, None], -1)[:, 0].astype(jnp.int32)

@@ -1,6 +1,7 @@
 """Small models whose every parameter matters, made without compiling an initialiser."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,14 @@ from narrows.models.language_model import build
 from narrows.models.transformer import TransformerConfig
 from narrows.parallel.rules import name_of
 
-SMALL = {"vocab_size": 64, "depth": 2, "width": 32, "heads": 2, "max_len": 32}
-CODEBOOK = {"codes": 32, "code_width": 4, "window": 4}
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "depth": 2,
+    "width": 32,
+    "heads": 2,
+    "max_len": 32,
+}
+CODEBOOK: dict[str, Any] = {"codes": 32, "code_width": 4, "window": 4}
 
 
 def fill(path, leaf):
