@@ -1,8 +1,8 @@
 """Layouts: how many devices each mesh axis has, written `data=2,fsdp=2,tensor=2`.
 
 A layout becomes a mesh (`make_mesh`). Models never see it: parameters are placed from
-outside by `rules.py`; inside a model only `constrain` and `on_each_device` mention axes,
-and both are the identity where there is no mesh.
+outside by `rules.py`; inside a model only `constrain` and `on_each_device` mention
+axes, and both are the identity where there is no mesh.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ def make_mesh(layout: Layout, devices: Sequence | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if layout.size != len(devices):
         raise ValueError(
-            f"mesh: {layout} takes {layout.size} devices, but there are {len(devices)}; "
-            "choose sizes whose product is the number of devices"
+            f"mesh: {layout} takes {layout.size} devices, but there are "
+            f"{len(devices)}; choose sizes whose product is the number of devices"
         )
     sizes = dataclasses.asdict(layout)
     return jax.make_mesh(
@@ -96,7 +96,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """This process's share of a batch, (index, count): rows [index, index+1) rows/count.
+    """This process's rows of a batch, (index, count): [index, index + 1) rows / count.
 
     Processes whose devices hold the same rows (a tensor axis across processes) get the
     same share. Raises ValueError where the rows do not divide over the batch's axes.
@@ -104,8 +104,8 @@ def process_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     if rows % shards:
         raise ValueError(
-            f"batch_size: {rows} rows do not divide over data x fsdp = {shards} shards; "
-            f"take a multiple of {shards}"
+            f"batch_size: {rows} rows do not divide over data x fsdp = {shards} "
+            f"shards; take a multiple of {shards}"
         )
     mine = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     held = sorted({index[0].indices(rows)[:2] for index in mine})
@@ -132,7 +132,7 @@ def place_batch(batch, mesh: Mesh):
 
 
 def _automatic_axes() -> tuple[str, ...]:
-    """Axes of the mesh in context that the partitioner still owns; () without a mesh."""
+    """Axes of the mesh in context that the partitioner still owns; () without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return ()
@@ -141,7 +141,7 @@ def _automatic_axes() -> tuple[str, ...]:
 
 
 def _spec(axes: Sequence, keep: Sequence[str]) -> P:
-    """A PartitionSpec of the axes in `keep`; an entry is None, a name or several names."""
+    """A PartitionSpec of the axes in `keep`; an entry is None, a name or several."""
     entries = []
     for entry in axes:
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())

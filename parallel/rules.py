@@ -1,8 +1,8 @@
 """Sharding rules: which mesh axes each dimension of each named array lies over.
 
 A rule is a pattern over logical names (`blocks/attention/query/kernel`) and one entry
-per dimension: a mesh axis, several, or None. Every array must match exactly one rule and
-divide by its axes; anything else raises, so nothing is replicated in silence.
+per dimension: a mesh axis, several, or None. Every array must match exactly one rule
+and divide by its axes; anything else raises, so nothing is replicated in silence.
 """
 
 import math
@@ -55,7 +55,8 @@ def sharding_of(name: str, shape, rules: Sequence[Rule], mesh: Mesh) -> NamedSha
     if len(found) != 1:
         said = ", ".join(repr(rule.pattern) for rule in found) or "none"
         raise ValueError(
-            f"rules: {name} {tuple(shape)} must match exactly one rule, but matches {said}"
+            f"rules: {name} {tuple(shape)} must match exactly one rule, but matches "
+            f"{said}"
         )
     axes = found[0].axes
     if axes is WHOLE:
@@ -71,22 +72,22 @@ def sharding_of(name: str, shape, rules: Sequence[Rule], mesh: Mesh) -> NamedSha
         if size % ways:
             said = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
             raise ValueError(
-                f"rules: dimension {dimension} of {name} {tuple(shape)} does not divide "
-                f"over {said}; choose a width, head count or vocabulary that is a "
-                f"multiple of {ways}, or a smaller axis"
+                f"rules: dimension {dimension} of {name} {tuple(shape)} does not "
+                f"divide over {said}; choose a width, head count or vocabulary that is "
+                f"a multiple of {ways}, or a smaller axis"
             )
     return NamedSharding(mesh, P(*axes))
 
 
 def shardings(tree, mesh: Mesh, rules: Sequence[Rule] = TRANSFORMER):
-    """The sharding of every leaf of a tree of arrays (or shapes) that is named by rules."""
+    """The sharding of every leaf of a tree of arrays or shapes, by its name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: sharding_of(name_of(path), x.shape, rules, mesh), tree
     )
 
 
 def follow(tree, params, placed):
-    """Shardings of optimizer state: a leaf follows the parameter that its name ends with.
+    """Shardings of optimizer state: a leaf goes with the parameter that ends its name.
 
     `placed` holds the shardings of `params`. Scalars are whole. Raises ValueError for
     an array that is no parameter's: its place must be stated, not guessed.

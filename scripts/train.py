@@ -140,16 +140,15 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
             "mesh": str(layout),
             **results.provenance(),
         }
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", keep=f.keep, best="validation"
-        )
+        folder = workdir / "checkpoints"
+        checkpoints = Checkpoints(folder, keep=f.keep, best="validation")
         first = checkpoints.latest or 0
         last = min(f.stop_at or f.steps, f.steps)
         traced = profile_range(f.profile_steps, first=first, last=last)
         if checkpoints.latest is None:
             state = create_state(parts.init, tx, f.seed, mesh)
         else:
-            check_same_run(workdir / "checkpoints", same)
+            check_same_run(folder, same)
             target = abstract_state(parts.init, tx, f.seed, mesh)
             state, _ = checkpoints.restore(target, step=first, expect=same)
         stream = batches(
@@ -182,14 +181,16 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
     tokens = f.batch_size * f.seq_len
     clock = time.perf_counter()
 
-    def refuse(what: str) -> None:
+    def refuse(what: str, broken: int) -> None:
+        """End the run: the state after update `broken` leads to what is not finite."""
         checkpoints.wait()
-        good = checkpoints.latest
-        where = "none" if good is None else workdir / "checkpoints" / str(good)
+        good = max((step for step in checkpoints.steps if step < broken), default=None)
+        said = f"{what}: not finite; last good checkpoint: "
+        said += "none" if good is None else str(folder / str(good))
+        if broken == checkpoints.latest:
+            said += f"; delete {folder / str(broken)}, which leads here"
         print(
-            f"error: {what} are not all finite; last good checkpoint: {where}; try a "
-            "smaller --learning_rate or --clip",
-            file=sys.stderr,
+            f"error: {said}; try a smaller --learning_rate or --clip", file=sys.stderr
         )
         raise SystemExit(1)
 
@@ -200,7 +201,8 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
         nats, norm = got.pop("nats"), got.pop("grad_norm")
         now, clock = clock, time.perf_counter()
         if not math.isfinite(got["loss"] + norm):
-            refuse(f"loss {got['loss']} and gradient norm {norm} of step {done}")
+            what = f"loss {got['loss']} and gradient norm {norm} at step {done}"
+            refuse(what, done - 1)
         bits, speed = bits_per_byte(nats, per_byte["train"]), tokens / (clock - now)
         if log:
             log.write(
@@ -235,7 +237,7 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
             shard=shard,
         )
         if not math.isfinite(nats):
-            refuse(f"{nats} nats per token of validation after step {done}")
+            refuse(f"validation loss {nats} after step {done}", done)
         return nats
 
     def save(done: int, **metrics: float) -> None:
@@ -288,8 +290,7 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
         text = sample_text(model_of(state, record), f.tokenizer, "def ", seed=f.seed)
         console.print(text, markup=False)
     if done:
-        where = workdir / "checkpoints" / str(done)
-        console.print(f"checkpoint {where}", soft_wrap=True)
+        console.print(f"checkpoint {folder / str(done)}", soft_wrap=True)
     console.print(f"log        {workdir / 'metrics.jsonl'}", soft_wrap=True)
     console.print(f"figure     {workdir / 'run.png'}", soft_wrap=True)
     return 0
