@@ -108,7 +108,7 @@ def process_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
             f"shards; take a multiple of {shards}"
         )
     mine = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    held = sorted({index[0].indices(rows)[:2] for index in mine})
+    held = sorted({index[0].indices(rows)[:2] for index in mine if index})
     start, stop = held[0][0], held[-1][1]
     count = rows // (stop - start)
     if sum(b - a for a, b in held) != stop - start or start % (rows // count):

@@ -59,7 +59,7 @@ def sharding_of(name: str, shape, rules: Sequence[Rule], mesh: Mesh) -> NamedSha
             f"{said}"
         )
     axes = found[0].axes
-    if axes is WHOLE:
+    if axes is None:
         return NamedSharding(mesh, P())
     if len(axes) != len(shape):
         raise ValueError(

@@ -37,7 +37,7 @@ def define_flags() -> flags.FlagValues:
     return f
 
 
-def main(argv: Sequence[str], devices: Sequence[jax.Device] | None = None) -> int:
+def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Score as argv says, on all devices unless some are given; the exit code."""
     f = define_flags()
     command.parse(f, argv, __doc__)

@@ -89,7 +89,7 @@ def define_flags() -> flags.FlagValues:
     return f
 
 
-def main(argv: Sequence[str], devices: Sequence[jax.Device] | None = None) -> int:
+def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Train as argv says, on all devices unless some are given; the exit code."""
     f = define_flags()
     command.parse(f, argv, __doc__)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str], devices: Sequence[jax.Device] | None = None) -> in
         return train(f, jax.devices() if devices is None else devices, stops)
 
 
-def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) -> int:
+def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     chief = jax.process_index() == 0
     console = Console(quiet=not chief, highlight=False)
 
@@ -118,7 +118,7 @@ def train(f: flags.FlagValues, devices: Sequence[jax.Device], stops: list[int]) 
         corpus = load_corpus(f.data, tokenizer=f.tokenizer)
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         parts = restore_parts(record)
-        width = config_of(record).width
+        width: int = config_of(record).width  # type: ignore
         rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
         warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
         schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)

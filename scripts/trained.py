@@ -54,7 +54,7 @@ def check_same_run(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
         shape = {**model["config"], "waist": model["waist"], **options}
         shape |= {"waist_at": model["waist_at"], "precision": shape.pop("dtype")}
         rest = {name: record.get(name) for name in wanted if name != "model"}
-        return {"data": f"text of hash {rest.pop('corpus')[:12]}", **shape, **rest}
+        return {"data": f"text of hash {str(rest.pop('corpus'))[:12]}", **shape, **rest}
 
     found = inspect(folder)
     here, there = flat(wanted), flat(found.meta)

@@ -31,7 +31,8 @@ from narrows.parallel.step import abstract_state, create_state, make_step
 
 STEPS = 50
 ROWS, LENGTH = 8, 16
-CONFIG = TransformerConfig(depth=2, width=32, heads=4, mlp_width=64)
+V, D, H = 256, 32, 64  # vocabulary, width, hidden units
+CONFIG = TransformerConfig(vocab_size=V, depth=2, width=D, heads=4, mlp_width=H)
 CODES, CODE_WIDTH = 32, 8
 WAISTS = {"none": {}, "codebook": {"codes": CODES, "code_width": CODE_WIDTH}}
 TX = make_optimizer("adamw", warmup_cosine(0.01, steps=STEPS, warmup=5))
@@ -138,7 +139,6 @@ def test_two_processes_have_the_curve_of_one_device(
 
 
 # Numbers that a device moves in one step, by closed forms of the model's sizes.
-D, V, H = CONFIG.width, CONFIG.vocab_size, 64
 TABLES = V * D  # of the embedding, and of the head
 KERNELS = 2 * (4 * D * D + 3 * D * H)  # of two blocks: attention and gated mlp
 MLPS = 2 * 3 * D * H

@@ -1,6 +1,7 @@
 """Sharding rules: the golden table of the transformer, and what they refuse."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from narrows.parallel.rules import (
 from narrows.parallel.step import abstract_state, create_state
 
 WHOLE = P()
-SIZES = {"depth": 2, "width": 32, "heads": 4, "mlp_width": 64}
+SIZES: dict[str, Any] = {"depth": 2, "width": 32, "heads": 4, "mlp_width": 64}
 LLAMA = {
     "embed/embedding": P("tensor", "fsdp"),
     "blocks/attention_norm/scale": WHOLE,
@@ -179,7 +180,6 @@ def test_optimizer_state_lies_with_its_parameter(name):
     followed = set()
     for path, sharding in found.items():
         owners = [owner for owner in placed if path.endswith("/" + owner)]
-        # inward of "waist/norm/scale" ends with no other name: the longest owner is it
         owner = max(owners, key=len, default=None)
         assert sharding.spec == (placed[owner].spec if owner else WHOLE)
         followed |= {owner} - {None}
