@@ -6,7 +6,7 @@
 
 whose total, weight and sums are plain sums over the rows it was given, so that rows may
 be cut into microbatches and workers in any way: the gradient is that of
-sum(total) / sum(weight) over the whole global batch.
+sum(total) / sum(weight) over the whole global batch, and 0 where the weight is.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def state_shardings(
     """Where every leaf of a state (arrays or shapes) lies; raises as `rules` does."""
     params = shardings(state.params, mesh, rules)
     check_every_axis_is_used(mesh, params, BATCH)
-    whole = NamedSharding(mesh, P())
+    whole: Any = NamedSharding(mesh, P())
     return TrainState(
         params=params,
         rest=shardings(state.rest, mesh, rules),
@@ -93,7 +93,7 @@ def state_shardings(
 def abstract_state(
     init: Callable, tx, seed: int, mesh: Mesh, rules: Sequence[Rule] = TRANSFORMER
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings, without a single array: restore's target."""
+    """Shapes, dtypes and shardings of the state, without an array: restore's target."""
     state = jax.eval_shape(lambda: _initial(init, tx, seed))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -137,14 +137,15 @@ def make_step(
     gradients="mean": the global gradient, reduced by the partitioner.
     gradients="local": every gradient leaf gets a leading axis of `layout.data` workers
         (sharded over data) whose mean is the global gradient; `tx` runs with the axis
-        name "data" bound and must itself exchange them (`jax.lax.pmean`, or a compressed
-        mean), its state whole on each worker.
+        name "data" bound and must itself exchange them (`jax.lax.pmean`, or a
+        compressed mean), its state whole on each worker.
     microbatches: cuts the batch's rows; gradients, sums and stats are added in float32.
     advance(params, rest, stats) -> (rest, report): called once per update with the sums
         of `stats` over the global batch; `report` scalars join the metrics.
 
-    Metrics are float32 scalars: loss (total per weight), grad_norm, every sum per weight,
-    and advance's report. Raises ValueError for a bad argument, at once or when traced.
+    Metrics are float32 scalars: loss (total per weight), grad_norm, every sum per
+    weight, and advance's report. Raises ValueError for a bad argument, at once or when
+    traced.
     """
     if gradients not in ("mean", "local"):
         raise ValueError(
@@ -180,7 +181,7 @@ def make_step(
     def mean_gradients(state: TrainState, batch):
         key = jax.random.fold_in(state.key, state.step)
         grads, report = summed(state.params, state.rest, batch, key)
-        grads = jax.tree.map(lambda g: g / report.weight, grads)
+        grads = jax.tree.map(lambda g: g / _counted(report.weight), grads)
         return _place(grads, shardings(grads, mesh, rules)), report
 
     def local_gradients(state: TrainState, batch):
@@ -188,7 +189,7 @@ def make_step(
             key = jax.random.fold_in(key, jax.lax.axis_index("data"))
             grads, report = summed(params, rest, rows, key)
             report = jax.lax.psum(report, "data")
-            scale = layout.data / report.weight
+            scale = layout.data / _counted(report.weight)
             return jax.tree.map(lambda g: (g * scale)[None], grads), report
 
         key = jax.random.fold_in(state.key, state.step)
@@ -224,7 +225,8 @@ def make_step(
         run = apply if gradients == "mean" else apply_local
         params, opt, norm = run(state.params, state.opt, grads)
         metrics = {"loss": report.total, **report.sums}
-        metrics = {name: value / report.weight for name, value in metrics.items()}
+        weight = _counted(report.weight)
+        metrics = {name: value / weight for name, value in metrics.items()}
         metrics["grad_norm"] = norm
         rest = state.rest
         if advance is not None:
@@ -258,6 +260,11 @@ def _cut(x: jax.Array, microbatches: int) -> jax.Array:
         )
     x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
     return constrain(x, None, BATCH)
+
+
+def _counted(weight: jax.Array) -> jax.Array:
+    """1 for a batch of padding alone: its sums are 0, and 0 / 0 would spoil all."""
+    return jnp.where(weight == 0, 1.0, weight)
 
 
 def _place(tree, places):
