@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         if cache is None:
             mixed = self._attend(query, key, value, segment_ids)
         else:
-            start = (0, length, 0, 0)
+            start = (0, 0 if length is None else length, 0, 0)
             cache = LayerCache(
                 jax.lax.dynamic_update_slice(cache.keys, key, start),
                 jax.lax.dynamic_update_slice(cache.values, value, start),

@@ -11,18 +11,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from ..parallel.layout import BATCH, constrain
 from .attention import Attention, LayerCache
 from .bottleneck import Bottleneck, Open, Waist
 
+DERIVED: Any = None
 STREAM = (BATCH, None, None)  # [b, t, d]: rows over devices, positions and width whole
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and options; what is None follows from depth (width 64 depth, heads of 64).
+    """Shape and options; what is None here follows (width 64 depth, heads of 64).
 
     >>> TransformerConfig(depth=6).width
     384
@@ -30,11 +32,11 @@ class TransformerConfig:
 
     vocab_size: int = 256
     depth: int = 4
-    width: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None  # keys and values shared by groups of heads
-    head_width: int | None = None
-    mlp_width: int | None = None
+    width: int = DERIVED
+    heads: int = DERIVED
+    kv_heads: int = DERIVED  # keys and values shared by groups of heads
+    head_width: int = DERIVED
+    mlp_width: int = DERIVED
     max_len: int = 1024  # positions that learned positions know
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "learned"] = "rotary"
@@ -246,7 +248,7 @@ class Transformer(nnx.Module):
                     "cache: only for a causal model, without mask and segment_ids"
                 )
             room = cache.layers.keys.shape[2]
-            held = 0 if isinstance(past, jax.core.Tracer) else int(past)
+            held = 0 if isinstance(past, Tracer) else int(past)
             if held + length > room:
                 raise ValueError(
                     f"cache: {held} positions held and {length} tokens to come, but it "

@@ -1,5 +1,7 @@
 """Attention as a module: positions, groups, norms; its kernel is tested apart."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from narrows.models.attention import Attention, rotate
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 16)), jnp.float32)
 POSITIONS = jnp.broadcast_to(jnp.arange(6), (2, 6))
-SIZES = {"heads": 4, "kv_heads": 4, "head_width": 8}
-OPTIONS = {
+SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_width": 8}
+OPTIONS: dict[str, Any] = {
     "qk_norm": False,
     "rotary": True,
     "causal": True,
@@ -65,6 +67,8 @@ def test_rotary_attention_knows_distances_alone():
 @pytest.mark.parametrize("causal", [True, False])
 def test_it_equals_its_formula_in_float64(causal):
     layer = module(rotary=False, causal=causal)
+    out_bias = layer.out.bias
+    assert out_bias is not None
     x = np.asarray(X, np.float64)
 
     def inward(part):
@@ -79,9 +83,7 @@ def test_it_equals_its_formula_in_float64(causal):
     weights /= weights.sum(-1, keepdims=True)
     heads = np.einsum("bnts,bsnh->btnh", weights, value)
     out = np.einsum("btnh,nhd->btd", heads, np.asarray(layer.out.kernel[...]))
-    np.testing.assert_allclose(
-        mixed(layer), out + np.asarray(layer.out.bias[...]), atol=2e-5
-    )
+    np.testing.assert_allclose(mixed(layer), out + np.asarray(out_bias[...]), atol=2e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
