@@ -100,8 +100,11 @@ def normalized_gd(
 ) -> optax.GradientTransformationExtraArgs:
     """Normalised gradient descent: `update(grads, state, params, residuals=s)`.
 
-    >>> tx = normalized_gd(100.0)
-    >>> updates, state = tx.update(grads, state, params, residuals=jax.nn.sigmoid(-m))
+    >>> tx, grads = normalized_gd(100.0), jnp.array([1.0, -2.0])
+    >>> residuals = jnp.array([0.25, 0.75])  # sigmoid(-margin) of the samples
+    >>> updates, _ = tx.update(grads, tx.init(grads), residuals=residuals)
+    >>> updates.tolist()
+    [-200.0, 400.0]
     """
     return optax.chain(
         normalize_by_residuals(), optax.scale_by_learning_rate(learning_rate)
