@@ -73,9 +73,8 @@ STEPS = (1.0, 1e2, 1e4)  # gamma, the same grid for every method; smaller: slowe
 def _descend(z, gamma, cap, *, arm, perceptron):
     surrogate = PERCEPTRON if perceptron else LOGISTIC
     tx = METHODS[arm](gamma)
-    return jax.vmap(lambda z, cap: separate(tx, z, max_steps=cap, surrogate=surrogate))(
-        z, cap
-    )
+    one = functools.partial(separate, tx, surrogate=surrogate)
+    return jax.vmap(lambda z, cap: one(z, max_steps=cap))(z, cap)
 
 
 def descend(z, gamma: float, cap, arm: str, *, perceptron: bool = False) -> Separation:
@@ -346,8 +345,7 @@ CLAIMS = (
         "experiments on small separable tasks",
         Ratio("iterations gamma=100", "method", "LR+GD", at_most=1.0),
         bundled_pairs,
-        note="Iris versicolor against virginica is left out where the points drawn of "
-        "them are not separable.",
+        note="Left out where not separable: iris versicolor against virginica.",
     ),
     Claim(
         "pairs_best_step",
@@ -390,11 +388,8 @@ def growth_figure(rows: Sequence[Recorded]) -> Figure:
             ):
                 found.setdefault(int(r.metric.split("=")[1]), []).append(r.value)
         sizes = sorted(found)
-        label = {
-            "method": "normalised LR+GD",
-            "over loss": "gradient over loss",
-            "over norm": "gradient over norm",
-        }.get(arm, arm)
+        label = "normalised LR+GD" if arm == "method" else arm
+        label = f"gradient {arm}" if arm.startswith("over") else label
         line = "s:" if arm == "online perceptron" else "o-"  # may lie on another
         axes.loglog(sizes, [np.mean(found[n]) for n in sizes], line, label=label)
     axes.set(xlabel="points n", ylabel="iterations to separation")
