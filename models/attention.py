@@ -4,7 +4,7 @@ The attention itself is one call, `kernels.attention`, run on each device's own 
 heads; nothing here computes it by hand.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ..parallel.layout import BATCH, on_each_device
 from .kernels.attention import attention
+from .linear import dot_general
 
 HEADS = (BATCH, None, "tensor", None)  # [b, t, n, h]
 
@@ -25,16 +26,26 @@ class LayerCache(NamedTuple):
     values: Float[Array, "b s k h"]
 
 
-def rotate(
-    x: Float[Array, "b t n h"], positions: Int[Array, "b t"], base: float = 10_000.0
-) -> Float[Array, "b t n h"]:
-    """Rotary position (Su et al. 2021, arXiv:2104.09864, Eq. 34); pairs i, i + h/2."""
-    half = x.shape[-1] // 2
+def turns(
+    positions: Int[Array, "b t"], head_width: int, base: float = 10_000.0
+) -> tuple[Float[Array, "b t 1 i"], Float[Array, "b t 1 i"]]:
+    """Cosine and sine of each position's angles, position * base**(-2i / head_width)."""
+    half = head_width // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Kept apart, or the compiler evaluates them anew inside each of their uses.
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+
+
+def rotate(
+    x: Float[Array, "b t n h"],
+    cosine: Float[Array, "b t 1 i"],
+    sine: Float[Array, "b t 1 i"],
+) -> Float[Array, "b t n h"]:
+    """Rotary position (Su et al. 2021, arXiv:2104.09864, Eq. 34); pairs i, i + h/2."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    turned = [a * cosine - b * sine, b * cosine + a * sine]
+    return jnp.concatenate(turned, -1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -59,7 +70,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.rotary, self.causal = rotary, causal
-        inward = {"axis": -1, "use_bias": bias, "dtype": dtype, "rngs": rngs}
+        inward: dict[str, Any] = {"use_bias": bias, "dtype": dtype, "rngs": rngs}
+        inward["dot_general"] = dot_general
         self.query = nnx.LinearGeneral(width, (heads, head_width), **inward)
         self.key = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
         self.value = nnx.LinearGeneral(width, (kv_heads, head_width), **inward)
@@ -69,6 +81,7 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             use_bias=bias,
             dtype=dtype,
+            dot_general=dot_general,
             kernel_init=nnx.initializers.variance_scaling(
                 residual_scale**2, "fan_in", "normal"
             ),
@@ -92,7 +105,8 @@ class Attention(nnx.Module):
             query = self.query_norm(query).astype(x.dtype)
             key = self.key_norm(key).astype(x.dtype)
         if self.rotary:
-            query, key = rotate(query, positions), rotate(key, positions)
+            angles = turns(positions, query.shape[-1])
+            query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is None:
             mixed = self._attend(query, key, value, segment_ids)
         else:

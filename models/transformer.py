@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..parallel.layout import BATCH, constrain
 from .attention import Attention, LayerCache
 from .bottleneck import Bottleneck, Open, Waist
+from .linear import contract, dot_general
 
 DERIVED: Any = None
 STREAM = (BATCH, None, None)  # [b, t, d]: rows over devices, positions and width whole
@@ -129,7 +130,8 @@ class MLP(nnx.Module):
     """gelu: W_down gelu(W_up x); gated: W_down (silu(W_gate x) * W_up x)."""
 
     def __init__(self, config: TransformerConfig, residual_scale, *, rngs: nnx.Rngs):
-        options = {"use_bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options: dict[str, Any] = {"use_bias": config.bias, "dtype": config.dtype}
+        options |= {"dot_general": dot_general, "rngs": rngs}
         self.up = nnx.Linear(config.width, config.mlp_width, **options)
         gated = config.mlp == "gated"
         self.gate = (
@@ -327,12 +329,7 @@ class Transformer(nnx.Module):
             kernel = self.embed.embedding[...].T
         else:
             kernel = self.head.kernel[...]
-        logits = jnp.einsum(
-            "btd,dv->btv",
-            x,
-            kernel.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = contract(x, kernel.astype(x.dtype), 1, jnp.float32)
         return constrain(logits, BATCH, None, "tensor")
 
 

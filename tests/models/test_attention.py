@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from narrows.models.attention import Attention, rotate
+from narrows.models.attention import Attention, rotate, turns
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 16)), jnp.float32)
@@ -48,10 +48,11 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
     angle = positions[..., None, None] * 10_000.0 ** (-np.arange(4) / 4)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
     expected = np.concatenate([turned.real, turned.imag], -1)
-    got = rotate(jnp.asarray(x), jnp.asarray(positions))
+    got = rotate(jnp.asarray(x), *turns(jnp.asarray(positions), 8))
     # float32 angles near 1000 are off by 1000 * 2^-24
     np.testing.assert_allclose(got, expected, atol=3e-4)
-    assert rotate(jnp.asarray(x, jnp.bfloat16), POSITIONS).dtype == jnp.bfloat16
+    half = rotate(jnp.asarray(x, jnp.bfloat16), *turns(POSITIONS, 8))
+    assert half.dtype == jnp.bfloat16
 
 
 def test_rotary_attention_knows_distances_alone():

@@ -1,0 +1,1 @@
+"""One file a suite: what is timed, beside which peer."""

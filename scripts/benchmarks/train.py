@@ -1,0 +1,161 @@
+"""Tokens per second of a training step: nanoGPT's "baby" model, ours beside its own.
+
+Both have its exact shape (6 layers, 6 heads, width 384, context 256, batch 12,
+learned positions, gelu, layer norm, no bias, tied embedding, float32), AdamW and clipping, no
+dropout, and read the same tokens. The peer runs eagerly and compiled; the better counts.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from narrows.models.language_model import model_parts
+from narrows.models.transformer import TransformerConfig
+from narrows.parallel.layout import Layout, make_mesh, place_batch
+from narrows.parallel.step import create_state, make_step
+from narrows.scripts.benchmarks.timing import alternate, ratio
+from rich.console import Console
+
+ROWS, LENGTH, VOCABULARY, DEPTH, WIDTH = 12, 256, 65, 6, 384
+HOW = (
+    "no peer: check out karpathy/nanoGPT, pip install torch, and give "
+    "--peer=<the checkout>"
+)
+
+
+def measure(
+    peer: str | None, *, rounds: int, calls: int, console: Console
+) -> dict[str, Any]:
+    """The figures of the suite, as JSON; prints them too."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16, ROWS, LENGTH + 1))
+    ours, parameters = our_step(tokens.astype(np.int32))
+    sides: dict[str, Callable[[], object]] = {"narrows": ours, "matmul": matmul()}
+    if peer is None:
+        console.print(HOW)
+    else:
+        sides |= peer_steps(pathlib.Path(peer), tokens)
+    times = alternate(sides, rounds=rounds, calls=calls, console=console)
+    found: dict[str, Any] = {"parameters": parameters, "rounds": rounds}
+    work = step_operations(parameters)
+    product_work = 2 * ROWS * LENGTH * WIDTH * (4 * WIDTH)
+    for clock in ("cpu", "wall"):
+        mine, product = (getattr(times[name], clock) for name in ("narrows", "matmul"))
+        # theirs / ours, where theirs is the time that the step's operations would take
+        # at the rate of the matrix product
+        found[f"attained_{clock}"] = ratio(
+            mine, product * work / product_work
+        )._asdict()
+        for name in sides.keys() - {"narrows", "matmul"}:
+            theirs = getattr(times[name], clock)
+            found[f"{name}_{clock}"] = ratio(mine, theirs)._asdict()
+    return found
+
+
+def our_step(tokens: np.ndarray) -> tuple[Callable[[], object], int]:
+    config = TransformerConfig(
+        vocab_size=VOCABULARY,
+        depth=DEPTH,
+        width=WIDTH,
+        max_len=LENGTH,
+        norm="layer",
+        position="learned",
+        mlp="gelu",
+        tied=True,
+    )
+    parts = model_parts(config, "none")
+    layout = Layout()
+    mesh = make_mesh(layout, jax.devices()[:1])
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-3, b1=0.9, b2=0.99, weight_decay=0.1),
+    )
+    state = create_state(parts.init, tx, 0, mesh)
+    step = make_step(parts.loss, tx, layout, mesh, advance=parts.advance)
+    batches = [
+        place_batch({"tokens": rows[:, :-1], "targets": rows[:, 1:]}, mesh)
+        for rows in tokens
+    ]
+    turn = 0
+
+    def run():
+        nonlocal state, turn
+        state, metrics = step.fused(state, batches[turn % len(batches)])
+        turn += 1
+        return jax.block_until_ready((state, metrics))
+
+    return run, sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def peer_steps(folder: pathlib.Path, tokens: np.ndarray) -> dict[str, Callable]:
+    """nanoGPT's own model and optimizer, eager and compiled."""
+    if not (folder / "model.py").is_file():
+        raise ValueError(f"peer: {folder} holds no model.py; {HOW}")
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"peer: torch is not installed; {HOW}") from error
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks its own module up
+    spec.loader.exec_module(module)
+    torch.set_num_threads(os.cpu_count() or 1)
+    batches = [torch.from_numpy(rows) for rows in tokens]
+
+    def side(compiled: bool) -> Callable:
+        torch.manual_seed(0)
+        config = module.GPTConfig(
+            block_size=LENGTH,
+            vocab_size=VOCABULARY,
+            n_layer=DEPTH,
+            n_head=WIDTH // 64,
+            n_embd=WIDTH,
+            dropout=0.0,
+            bias=False,
+        )
+        model = module.GPT(config)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+        forward = torch.compile(model) if compiled else model
+        turn = 0
+
+        def run():
+            nonlocal turn
+            rows = batches[turn % len(batches)]
+            turn += 1
+            _, loss = forward(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return run
+
+    return {"nanogpt_eager": side(False), "nanogpt_compiled": side(True)}
+
+
+def matmul() -> Callable[[], object]:
+    """The widest matrix product of the model: what this machine attains."""
+    x = jnp.ones((ROWS * LENGTH, WIDTH), jnp.float32)
+    w = jnp.ones((WIDTH, 4 * WIDTH), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(product(x, w))
+
+
+def step_operations(parameters: int) -> float:
+    """Floating-point operations of a step: 6 per parameter and token, and attention.
+
+    Learned positions take part in no product. Scores and mixing are 2 products of
+    t x t x width a layer, halved by the causal mask, tripled by the backward pass.
+    """
+    tokens = ROWS * LENGTH
+    products = 6 * (parameters - LENGTH * WIDTH) * tokens
+    return products + 3 * DEPTH * 2 * (2 * LENGTH * WIDTH) / 2 * tokens
