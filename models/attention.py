@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
 def turns(
     positions: Int[Array, "b t"], head_width: int, base: float = 10_000.0
 ) -> tuple[Float[Array, "b t 1 i"], Float[Array, "b t 1 i"]]:
-    """Cosine and sine of each position's angles, position * base**(-2i / head_width)."""
+    """Cosine and sine of the angles, position * base**(-2i / head_width)."""
     half = head_width // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency

@@ -19,6 +19,8 @@ def contract(
 ) -> Float[Array, "..."]:
     """Sum the last `axes` dimensions of x against the first of w, in `dtype` or x's.
 
+    Raises ValueError where those dimensions differ. Not for forward-mode derivatives.
+
     >>> contract(jax.numpy.ones((2, 3, 4)), jax.numpy.ones((4, 5))).shape
     (2, 3, 5)
     """

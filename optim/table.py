@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def warmup_cosine(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
-    """Linear from peak/warmup over `warmup` steps, then a cosine to peak/10 at `steps`."""
+    """Linear to `peak` over `warmup` steps, then a cosine to peak/10 at `steps`."""
     warmup = min(warmup, steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / max(warmup, 1),
@@ -31,7 +31,7 @@ def warmup_cosine(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
 
 
 def matrices(params):
-    """True where weight decay belongs: kernels and embeddings, not scales and biases."""
+    """True where weights decay: kernels and embeddings, not scales and biases."""
 
     def decayed(path, _):
         return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")

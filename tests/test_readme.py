@@ -10,7 +10,7 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
-COMMAND = re.compile(r"python (scripts/\w+\.py[^\n#&`|]*)")
+COMMAND = re.compile(r"python (scripts/\w+\.py[^\n#&`|:]*)")
 COMMANDS = sorted(
     {
         command.strip()

@@ -7,7 +7,7 @@ others take.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ class Spread(NamedTuple):
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], *, rounds: int, calls: int, console
+    sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, console
 ) -> dict[str, Timed]:
     """Time `calls` calls of each side per round; a call must end with its work done."""
     for run in sides.values():  # compile, and reach the working set

@@ -1,8 +1,9 @@
 """Tokens per second of a training step: nanoGPT's "baby" model, ours beside its own.
 
 Both have its exact shape (6 layers, 6 heads, width 384, context 256, batch 12,
-learned positions, gelu, layer norm, no bias, tied embedding, float32), AdamW and clipping, no
-dropout, and read the same tokens. The peer runs eagerly and compiled; the better counts.
+learned positions, gelu, layer norm, no bias, tied embedding, float32), AdamW and
+clipping, no dropout, and read the same tokens. The peer runs eagerly and compiled; the
+better counts.
 """
 
 import importlib.util
