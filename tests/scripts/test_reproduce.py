@@ -108,7 +108,11 @@ def test_claims_of_one_measure_share_its_calls_and_records_resume(run, monkeypat
     assert calls[4:] == [("quick", 0)]
 
 
-def test_a_seed_gives_its_rows_again_and_the_record_says_how(run, tmp_path):
+def test_a_seed_gives_its_rows_again_and_the_record_says_how(
+    run, tmp_path, monkeypatch
+):
+    origin = results.provenance() | {"dirty": True}  # or the second run would resume
+    monkeypatch.setattr(results, "provenance", lambda: origin)
     for _ in range(2):
         run(planted(normalized_gd(1e3)), "--record", "--seed=7", "--seeds=1")
     first, second = results.read(tmp_path, "planted")
