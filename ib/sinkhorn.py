@@ -1,7 +1,7 @@
-"""Sinkhorn's scalings in the log domain: block coordinate ascent on the dual.
+"""Sinkhorn's scalings with absorbed potentials: block coordinate ascent on the dual.
 
-Cuturi 2013 (arXiv:1306.0895); in the log domain Schmitzer 2019 (arXiv:1610.06519).
-The public door is `transport.solve`.
+Cuturi 2013 (arXiv:1306.0895); absorption and the log domain, Schmitzer 2019
+(arXiv:1610.06519).  The public door is `transport.solve`.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from jax import lax
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
+INNER = 10  # scalings on one evaluation of the plan
 RAMP = 0.7  # share of the steps over which an annealed run reaches its eta
 
 
@@ -30,7 +31,7 @@ class Problem(NamedTuple):
 class Scaled(NamedTuple):
     x: Float[Array, " n"]  # potentials, in units of cost; 0 at bins of no mass
     y: Float[Array, " m"]
-    error: Float[Array, ""]  # before the last step, see `marginal_error`
+    error: Float[Array, ""]  # see `marginal_error`; inf where not known
     steps: Int[Array, ""]
 
 
@@ -50,36 +51,68 @@ def marginal_error(p: Problem, rows, columns) -> Float[Array, ""]:
     return wrong / p.r.sum()
 
 
-def step(p: Problem, x, y):
-    """Scales the rows, then the columns (arXiv:2401.12253, Algorithm 1, lines 3-5).
+def centred(p: Problem, x, y):
+    """The same plan with potentials of one mean: small numbers round least."""
+    shift = (p.r @ x - p.c @ y) / (2 * p.r.sum())
+    return jnp.where(p.r > 0, x - shift, 0), jnp.where(p.c > 0, y + shift, 0)
 
-    Returns x, y and the error before the step, provided the columns were exact then.
+
+def step(p: Problem, x, y):
+    """Scales the rows, then the columns, in the log domain: always finite.
+
+    arXiv:2401.12253, Algorithm 1, lines 3-5.  x is not read: y decides it.
     """
     rows = jnp.log(p.r) - logsumexp(p.eta * (y - p.cost), axis=1)
-    new = jnp.where(p.r > 0, rows / p.eta, 0)
-    # P 1 was r exp(eta (x - new)).
-    error = jnp.sum(p.r * jnp.abs(jnp.expm1(p.eta * (x - new)))) / p.r.sum()
-    columns = jnp.log(p.c) - logsumexp(p.eta * (new[:, None] - p.cost), axis=0)
-    return new, jnp.where(p.c > 0, columns / p.eta, 0), error
+    x = jnp.where(p.r > 0, rows / p.eta, 0)
+    columns = jnp.log(p.c) - logsumexp(p.eta * (x[:, None] - p.cost), axis=0)
+    return x, jnp.where(p.c > 0, columns / p.eta, 0)
 
 
-def scale(p: Problem, x, y, *, tol, max_steps, halvings=0) -> Scaled:
-    """Steps until the error is at most `tol`; two log-sum-exps of n m entries each.
+def absorbed(p: Problem, x, y, count, relaxation):
+    """`count` scalings on one evaluation of the plan; x, y and the error after them.
 
-    With `halvings` > 0 eta rises by as many doublings over the first 70 % of max_steps.
+    K = plan_of(x, y) takes the potentials in, and u, v near 1 are all that is left: a
+    scaling is two products in place of two log-sum-exps.  Not finite where K lost a
+    whole row or column to underflow, or where u or v left the range of the dtype.
     """
-    ramp = RAMP * max_steps if halvings else 0
+    k = plan_of(p, x, y)
+
+    def body(_, uv):
+        u, v = uv
+        u *= jnp.where(p.r > 0, p.r / (u * (k @ v)), 1) ** relaxation
+        v *= jnp.where(p.c > 0, p.c / (v * (u @ k)), 1) ** relaxation
+        return u, v
+
+    u, v = lax.fori_loop(0, count, body, (jnp.ones_like(x), jnp.ones_like(y)))
+    error = marginal_error(p, u * (k @ v), v * (u @ k))
+    x, y = centred(p, x + jnp.log(u) / p.eta, y + jnp.log(v) / p.eta)
+    return x, y, error
+
+
+def scale(p: Problem, x, y, *, tol, max_steps, halvings, relaxation) -> Scaled:
+    """Scalings in blocks of `INNER` until the error is at most `tol`.
+
+    eta rises by `halvings` doublings over the first 70 % of max_steps.  The options may
+    be traced: one program serves them all.
+    """
+    ramp = jnp.where(halvings > 0, RAMP * max_steps, 0).astype(x.dtype)
+    unknown = jnp.array(jnp.inf, x.dtype)
 
     def wrong(s: Scaled):
         return (s.error > tol) & (s.steps < max_steps)
 
     def body(s: Scaled):
-        left = jnp.maximum(0, 1 - s.steps / max(ramp, 1)).astype(p.eta.dtype)
-        eta = p.eta * 2 ** (-halvings * left)
-        x, y, error = step(p._replace(eta=eta), s.x, s.y)
-        # Of an annealed eta, or of a y that no step has fitted, the error says nothing.
-        error = jnp.where(s.steps > ramp, error, jnp.inf)
-        return Scaled(x, y, error, s.steps + 1)
+        left = jnp.where(s.steps < ramp, 1 - s.steps / jnp.maximum(ramp, 1), 0)
+        now = p._replace(eta=p.eta * jnp.exp2(-halvings * left))
+        count = jnp.minimum(INNER, max_steps - s.steps)
+        x, y, error = absorbed(now, s.x, s.y, count, relaxation)
+        error = jnp.where(left > 0, unknown, error)
+        fine = jnp.isfinite(x).all() & jnp.isfinite(y).all()
+        return lax.cond(
+            fine,
+            lambda: Scaled(x, y, error, s.steps + count),
+            lambda: Scaled(*step(now, s.x, s.y), unknown, s.steps + 1),
+        )
 
-    start = Scaled(x, y, jnp.array(jnp.inf, x.dtype), jnp.array(0, jnp.int32))
+    start = Scaled(x, y, unknown, jnp.array(0, jnp.int32))
     return lax.while_loop(wrong, body, start)

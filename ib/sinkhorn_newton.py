@@ -238,10 +238,11 @@ def search(p: Problem, s: Newton, dx, dy):
         return x, y, plan, marginal_error(p, rows, columns), length, flat, good
 
     longest = p.eta * jnp.maximum(jnp.abs(dx).max(), jnp.abs(dy).max())
+    length = jnp.minimum(1, CLIP / longest)
+    # The first trial halves this one, so that `trial` is compiled once.
+    start = (s.x, s.y, s.plan, s.error, 2 * length, flat, jnp.array(False))
     return lax.while_loop(
-        lambda t: ~t[6] & (t[4] > SHORTEST),
-        lambda t: trial(t[4] / 2),
-        trial(jnp.minimum(1, CLIP / longest)),
+        lambda t: ~t[6] & (t[4] > SHORTEST), lambda t: trial(t[4] / 2), start
     )
 
 
@@ -259,7 +260,7 @@ def newton(p: Problem, x, y, *, tol, max_steps, **sparsity) -> Newton:
         dx, dy, cg_steps, nnz = sparse_direction(p, s, **sparsity)
         *moved, length, flat, good = search(p, s, dx, dy)
         x, y, plan, error = lax.cond(
-            good, lambda: tuple(moved), lambda: at(*step(p, s.x, s.y)[:2])
+            good, lambda: tuple(moved), lambda: at(*step(p, s.x, s.y))
         )
         full = jnp.where(length == 1, s.damping / 10, s.damping)
         damping = jnp.where(good, full, jnp.maximum(10 * s.damping, DAMPING))

@@ -27,6 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from .sinkhorn import marginal_error, plan_of, problem, scale
 from .sinkhorn_newton import newton, scaled
 
+MILD = 8.0  # eta times the range of the cost from where an annealed run begins
+
 
 class Transport(NamedTuple):
     """Potentials and how they were found; dtype of the cost, at least float32."""
@@ -42,20 +44,16 @@ class Transport(NamedTuple):
     nnz: Int[Array, ""]  # entries of the plan kept in the last Newton step
 
 
-class Sinkhorn(NamedTuple):
-    tol: float
-    max_steps: int
-    halvings: int
+class Limits(NamedTuple):
+    """What may change without compiling anew; the numbers of `solve`'s options."""
 
-
-class SinkhornNewton(NamedTuple):
-    tol: float
-    warmup: int
-    halvings: int
-    max_steps: int
-    lam: float | str
-    delta: float
-    max_cg: int
+    tol: Float[Array, ""]
+    scalings: Int[Array, ""]
+    halvings: Float[Array, ""]
+    relaxation: Float[Array, ""]
+    newton: Int[Array, ""]
+    cg: Int[Array, ""]
+    delta: Float[Array, ""]
 
 
 def plan(
@@ -73,16 +71,24 @@ def sinkhorn(
     eta,
     tol: float | None = None,
     max_steps: int = 10_000,
-    halvings: int = 0,
+    halvings: float | None = 0,
+    relaxation: float = 1.0,
 ) -> Transport:
-    """Log-domain Sinkhorn: best where 1/eta is large or a per cent is near enough.
+    """Stabilised Sinkhorn: best where 1/eta is large or a per cent is near enough.
 
-    Args and errors are those of `solve`; `max_steps` bounds the scalings, `halvings` is
-    the number of doublings by which eta rises over the first 70 % of them.
+    Args, beyond those of `solve`:
+        max_steps: scalings of rows and columns, in blocks of ten.
+        halvings: doublings of eta over the first 70 % of `max_steps`; None begins where
+            eta (max C - min C) is 8.
+        relaxation: exponent of a scaling, in [1, 2).  Above 1 it is often faster, and
+            may diverge (Thibault et al. 2021, arXiv:1711.01851).
     """
     cost, r, c, eta, tol = _checked(cost, r, c, eta, tol)
-    _at_least(max_steps=(max_steps, 1), halvings=(halvings, 0))
-    return _transport(Sinkhorn(tol, max_steps, halvings), cost, r, c, eta)
+    _at_least(max_steps=(max_steps, 1), halvings=(halvings or 0, 0))
+    if not 1 <= relaxation < 2:
+        raise ValueError(f"relaxation={relaxation} must lie in [1, 2)")
+    limits = _limits(cost, eta, tol, max_steps, halvings, relaxation, 0, 0, 0)
+    return _transport(None, limits, cost, r, c, eta)
 
 
 def sinkhorn_newton_sparse(
@@ -95,7 +101,7 @@ def sinkhorn_newton_sparse(
     lam: float | Literal["mass"] = "mass",
     delta: float = 1e-3,
     warmup: int = 50,
-    halvings: int = 6,
+    halvings: float | None = None,
     max_steps: int = 100,
     max_cg: int = 1000,
 ) -> Transport:
@@ -108,11 +114,12 @@ def sinkhorn_newton_sparse(
         lam: the share of the plan's entries that stay in the Hessian (the paper takes
             2/n to 15/n), or "mass": as many as it takes that no row or column drops
             `delta` of its mass, and all of them where an eighth does not suffice.
-        halvings: doublings of eta during the warm-up; 0 is the paper's warm-up.
+        halvings: doublings of eta over the first 70 % of the warm-up; None begins where
+            eta (max C - min C) is 8, and 0 is the paper's warm-up.
         max_cg: conjugate-gradient steps in one Newton step.
     """
     cost, r, c, eta, tol = _checked(cost, r, c, eta, tol)
-    _at_least(warmup=(warmup, 1), halvings=(halvings, 0))
+    _at_least(warmup=(warmup, 1), halvings=(halvings or 0, 0))
     _at_least(max_steps=(max_steps, 0), max_cg=(max_cg, 1))
     if lam != "mass" and not (isinstance(lam, (int, float)) and 0 < lam <= 1):
         raise ValueError(
@@ -120,8 +127,8 @@ def sinkhorn_newton_sparse(
         )
     if not 0 < delta < 1:
         raise ValueError(f"delta={delta!r} must lie between 0 and 1")
-    config = SinkhornNewton(tol, warmup, halvings, max_steps, lam, delta, max_cg)
-    return _transport(config, cost, r, c, eta)
+    limits = _limits(cost, eta, tol, warmup, halvings, 1, max_steps, max_cg, delta)
+    return _transport(lam, limits, cost, r, c, eta)
 
 
 METHODS = {"sinkhorn": sinkhorn, "sns": sinkhorn_newton_sparse}
@@ -161,41 +168,61 @@ def solve(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _transport(config, cost, r, c, eta) -> Transport:
-    found = _potentials(config, cost, r, c, eta)
+def _transport(lam, limits, cost, r, c, eta) -> Transport:
+    found = _potentials(lam, limits, cost, r, c, eta)
     return found._replace(value=_value(found.x, found.y, cost, r, c, eta))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _potentials(config, cost, r, c, eta) -> Transport:
+@jax.default_matmul_precision("highest")  # some accelerators round products to bfloat16
+def _potentials(lam, limits, cost, r, c, eta) -> Transport:
+    """`lam` None: scalings alone."""
     p = problem(cost, r, c, eta)
-    x, y = jnp.zeros_like(r), jnp.zeros_like(c)
-    none = jnp.array(0, jnp.int32)
-    if isinstance(config, Sinkhorn):
-        s = scale(p, x, y, **config._asdict())
-        x, y = s.x, s.y
-        counts = s.steps, none, none, none
-    else:
-        s = scale(
-            p, x, y, tol=config.tol, max_steps=config.warmup, halvings=config.halvings
+    s = scale(
+        p,
+        jnp.zeros_like(r),
+        jnp.zeros_like(c),
+        tol=limits.tol,
+        max_steps=limits.scalings,
+        halvings=limits.halvings,
+        relaxation=limits.relaxation,
+    )
+    x, y, newton_steps, cg_steps, nnz = s.x, s.y, *jnp.zeros(3, jnp.int32)
+    if lam is not None:
+        z = newton(
+            p,
+            x,
+            y,
+            tol=limits.tol,
+            max_steps=limits.newton,
+            max_cg=limits.cg,
+            lam=lam,
+            delta=limits.delta,
         )
-        options = config._asdict()
-        del options["warmup"], options["halvings"]
-        z = newton(p, s.x, s.y, **options)
-        x, y = z.x, z.y
-        counts = s.steps, z.steps, z.cg_steps, z.nnz
+        x, y, newton_steps, cg_steps, nnz = z.x, z.y, z.steps, z.cg_steps, z.nnz
     last = plan_of(p, x, y)
     error = marginal_error(p, last.sum(1), last.sum(0))
     x, y = jnp.where(r > 0, x, -jnp.inf), jnp.where(c > 0, y, -jnp.inf)
-    return Transport(x, y, jnp.zeros_like(error), error, error <= config.tol, *counts)
+    return Transport(
+        x,
+        y,
+        jnp.zeros_like(error),
+        error,
+        error <= limits.tol,
+        s.steps,
+        newton_steps,
+        cg_steps,
+        nnz,
+    )
 
 
 @_potentials.defjvp
-def _implicit(config, primals, tangents):
+@jax.default_matmul_precision("highest")
+def _implicit(lam, primals, tangents):
     """eta [[D, P], [P^T, E]] (dx, dy) = what dC, dr, dc and deta leave unpaid."""
-    cost, _, c, eta = primals
-    dcost, dr, dc, deta = tangents
-    found = _potentials(config, *primals)
+    _, cost, _, c, eta = primals
+    _, dcost, dr, dc, deta = tangents
+    found = _potentials(lam, *primals)
     p = plan(cost, found.x, found.y, eta=eta)
     d, e = p.sum(1), p.sum(0)
     x, y = _finite(found.x), _finite(found.y)
@@ -291,6 +318,16 @@ def _check_values(cost, r, c, eta, tol):
             f"r sums to {r.sum()} and c to {c.sum()}: no plan has both marginals; "
             f"scale one so that they agree within tol={tol}"
         )
+
+
+def _limits(cost, eta, tol, scalings, halvings, relaxation, newton, cg, delta):
+    if halvings is None:
+        halvings = jnp.maximum(0, jnp.log2(eta * jnp.ptp(cost) / MILD))
+    tol, halvings, relaxation, delta = (
+        jnp.asarray(a, cost.dtype) for a in (tol, halvings, relaxation, delta)
+    )
+    scalings, newton, cg = (jnp.asarray(a, jnp.int32) for a in (scalings, newton, cg))
+    return Limits(tol, scalings, halvings, relaxation, newton, cg, delta)
 
 
 def _at_least(**bounds):
