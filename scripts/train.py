@@ -67,7 +67,7 @@ def define_flags() -> flags.FlagValues:
     text("data", None, "text file or folder; default: Python's library")
     text("tokenizer", "bytes", "or a folder with GPT-2's vocabulary")
     integer("seed", 0, "of parameters and data order", 0)
-    integer("steps", 450, "updates, and the schedule's length", 1)
+    integer("steps", 500, "updates, and the schedule's length", 1)
     integer("stop_at", None, "stop early, with the schedule of --steps", 1)
     integer("batch_size", 8, "rows of the global batch", 1)
     integer("seq_len", 256, "tokens per row", 1)
