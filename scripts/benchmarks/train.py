@@ -10,19 +10,21 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from narrows.models.language_model import model_parts
 from narrows.models.transformer import TransformerConfig
 from narrows.parallel.layout import Layout, make_mesh, place_batch
 from narrows.parallel.step import create_state, make_step
 from narrows.scripts.benchmarks.timing import alternate, ratio
 from rich.console import Console
+from rich.table import Table
 
 ROWS, LENGTH, VOCABULARY, DEPTH, WIDTH = 12, 256, 65, 6, 384
 PRODUCTS = 8
@@ -32,19 +34,21 @@ HOW = (
 )
 
 
-def measure(
-    peer: str | None, *, rounds: int, calls: int, console: Console
-) -> dict[str, Any]:
-    """The figures of the suite, as JSON; prints them too."""
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("peer", None, "train: the peer's folder", flag_values=values)
+
+
+def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
+    """One line: ratios to each peer, and the share of the attainable rate."""
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16, ROWS, LENGTH + 1))
     ours, parameters = our_step(tokens.astype(np.int32))
     sides: dict[str, Callable[[], object]] = {"narrows": ours, "matmul": matmul()}
-    if peer is None:
+    if f.peer is None:
         console.print(HOW)
     else:
-        sides |= peer_steps(pathlib.Path(peer), tokens)
-    times = alternate(sides, rounds=rounds, calls=calls, console=console)
-    found: dict[str, Any] = {"parameters": parameters, "rounds": rounds}
+        sides |= peer_steps(pathlib.Path(f.peer), tokens)
+    times = alternate(sides, rounds=f.rounds, calls=f.calls, console=console)
+    found: dict[str, Any] = {"parameters": parameters, "rounds": f.rounds}
     work = step_operations(parameters)
     product_work = PRODUCTS * 2 * ROWS * LENGTH * WIDTH * (4 * WIDTH)
     for clock in ("cpu", "wall"):
@@ -57,7 +61,18 @@ def measure(
         for name in sides.keys() - {"narrows", "matmul"}:
             theirs = getattr(times[name], clock)
             found[f"{name}_{clock}"] = ratio(mine, theirs)._asdict()
-    return found
+    yield found
+
+
+def table(lines: Sequence[dict[str, Any]]) -> Table:
+    """How many times as fast as each side ours is, and its share of what is attained."""
+    made = Table("times as fast as", "median", "quartiles over rounds")
+    for line in lines:
+        for name, spread in line.items():
+            if isinstance(spread, dict):
+                quartiles = f"{spread['low']:.3f} to {spread['high']:.3f}"
+                made.add_row(name, f"{spread['median']:.3f}", quartiles)
+    return made
 
 
 def our_step(tokens: np.ndarray) -> tuple[Callable[[], object], int]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from narrows.scripts import benchmark
-from narrows.scripts.benchmarks import timing, train
+from narrows.scripts.benchmarks import attention, timing, train
 from rich.console import Console
 
 
@@ -49,3 +49,28 @@ def test_a_peer_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
         benchmark.main(["benchmark", f"--peer={tmp_path}"])
     assert ended.value.code == 2
     assert "holds no model.py" in capsys.readouterr().err
+
+
+def test_the_attention_suite_measures_every_side_against_float64(tmp_path, capsys):
+    arguments = ["benchmark", "--suite=attention", "--rounds=2", "--calls=1"]
+    shape = ["--lengths=48", "--widths=8", "--hidden=16", "--cases=packed"]
+    record = ["--record", f"--results_dir={tmp_path}"]
+    assert benchmark.main([*arguments, *shape, *record]) == 0
+    text = (tmp_path / "benchmark_attention.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["pass"] for line in lines} == {"forward", "forward+backward"}
+    assert {"narrows xla", "jax.nn xla"} <= {line["side"] for line in lines}
+    assert all(line.get("error", 0.0) < 1e-5 for line in lines)
+    assert "packed 8 48 float32 forward" in capsys.readouterr().out
+
+
+def test_operations_count_the_visible_scores():
+    for case in attention.CASES:
+        problem = attention.draw(case, 8, 40, 80, 16, "float32")
+        seen = np.ones((2, 40, 40), bool)
+        if case != "full":
+            seen &= np.tril(seen[0])
+        if problem.ids is not None:
+            ids = np.asarray(problem.ids)
+            seen &= ids[:, :, None] == ids[:, None]
+        assert attention.visible_scores(problem) == 2 * seen.sum()
