@@ -65,7 +65,7 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
-    """How many times as fast as each side ours is, and its share of what is attained."""
+    """How many times as fast as each side ours is, and its share of the attainable."""
     made = Table("times as fast as", "median", "quartiles over rounds")
     for line in lines:
         for name, spread in line.items():

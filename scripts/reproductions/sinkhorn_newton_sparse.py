@@ -13,7 +13,7 @@ tenth of the time of plain Sinkhorn. Baselines: our own Sinkhorn, plain and
 over-relaxed, and ott-jax with the best of eleven settings for each problem (log domain
 or kernel; fixed and adaptive momentum; Anderson acceleration; annealing): kernel
 products with momentum.
-Hardware and time: two CPU cores, float64; quick 2 minutes, full 10 minutes.
+Hardware and time: two CPU cores, float64; quick 2 minutes, full 6 minutes.
 """
 
 import functools
@@ -117,8 +117,12 @@ def arms(problem: str, scale: str) -> dict[str, Run]:
 
 @functools.cache
 def compiled(problem: str, scale: str, size: int) -> None:
-    """Calls every program once, on a problem that takes one block of scalings."""
-    flat = jnp.zeros((size, size)), *[jnp.full(size, 1 / size)] * 2
+    """Calls every program once, on a problem that takes one block of scalings.
+
+    From numpy, as the problems are: a weakly typed argument would compile another one.
+    """
+    even = jnp.asarray(np.full(size, 1 / size))
+    flat = jnp.zeros((size, size)), even, even
     for run in arms(problem, scale).values():
         for tol in TOLERANCES.get(scale, ALL_TOLERANCES):
             jax.block_until_ready(run(*flat, tol))
@@ -166,7 +170,8 @@ def compare(problem: str, scale: str, cost, r, c) -> Iterator[Row]:
 def random_cost(seed: int):
     rng = np.random.default_rng([seed, 1])
     cost = jnp.asarray(rng.random((SIZE, SIZE)))
-    return cost, *[jnp.full(SIZE, 1 / SIZE)] * 2
+    even = jnp.asarray(np.full(SIZE, 1 / SIZE))
+    return cost, even, even
 
 
 def image_pair(seed: int, power: int):
@@ -264,16 +269,16 @@ CLAIMS = (
     ),
     Claim(
         "random_ott",
-        "and at most a tenth of ott-jax's, tuned",
+        "and at most a fifth of ott-jax's, tuned",
         "not measured in the paper",
-        Ratio("cpu time at 1e-08", "method", "ott", at_most=0.1),
+        Ratio("cpu time at 1e-08", "method", "ott", at_most=0.2),
         random_costs,
     ),
     Claim(
         "random_relaxed",
-        "and at most a tenth of over-relaxed Sinkhorn's",
+        "and less than over-relaxed Sinkhorn's",
         "not measured in the paper",
-        Ratio("cpu time at 1e-08", "method", "over-relaxed", at_most=0.1),
+        Ratio("cpu time at 1e-08", "method", "over-relaxed", at_most=1.0),
         random_costs,
         scales=("full", "paper"),
     ),
@@ -346,6 +351,8 @@ CLAIMS = (
         Ratio("cpu time at 1e-08", "annealed", "over-relaxed", at_most=1.0),
         absolute_pairs,
         scales=("full", "paper"),
+        note="Undecided over five pairs: up to a third of its time on hard pairs, more "
+        "on easy ones, where relaxation ends in some hundred scalings.",
     ),
     Claim(
         "absolute_iterations",
