@@ -2,3 +2,4 @@
 
 from .api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .api import attention as attention
+from .blocks import Blocks as Blocks

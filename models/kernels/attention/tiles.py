@@ -11,13 +11,39 @@ without compiling anew. It never calls a tile SKIP that is seen, nor FULL one th
 not; a tile that is called PART may be either.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Int, Int8
 
 from .call import Call, Spec
 
 SKIP, PART, FULL = 0, 1, 2
+
+
+class Spans(NamedTuple):
+    """Key tiles of each row tile by the bounds alone, each a range of tile numbers."""
+
+    first: Int[Array, "b tiles_t"]  # [first, last) are visited
+    last: Int[Array, "b tiles_t"]
+    full_first: Int[Array, "b tiles_t"]  # [full_first, full_last) within need no mask
+    full_last: Int[Array, "b tiles_t"]
+
+
+def spans(call: Call, s: int, block_q: int, block_k: int) -> Spans:
+    """What `call.low` and `call.high` let a tile see; all else is left unread."""
+    low, high = call.low, jnp.minimum(call.high, s)
+    empty = low >= high
+    # a row that sees nothing widens no tile's range, but keeps the tile from being FULL
+    low, high = jnp.where(empty, s, low), jnp.where(empty, 0, high)
+    first = _fold(low, block_q, jnp.min, s) // block_k
+    last = -(-_fold(high, block_q, jnp.max, 0) // block_k)
+    full_first = -(-_fold(low, block_q, jnp.max, 0) // block_k)
+    full_last = _fold(high, block_q, jnp.min, s) // block_k
+    last = jnp.maximum(last, first)
+    full_first = jnp.clip(full_first, first, last)
+    return Spans(first, last, full_first, jnp.clip(full_last, full_first, last))
 
 
 def visits(
@@ -26,18 +52,14 @@ def visits(
     """The table of a call with s keys; the last tiles may hang over the edge.
 
     Axes b and n are 1 where all rows or all heads agree. Rows beyond the last see
-    nothing and are nobody's: they make no tile PART.
+    nothing and are nobody's: they make no tile PART. A tile with keys beyond the last
+    is never FULL.
     """
     t = call.low.shape[1]
-    starts = jnp.arange(-(-s // block_k), dtype=jnp.int32) * block_k
-    low, high = call.low, jnp.minimum(call.high, s)
-    empty = low >= high
-    # a row that sees nothing widens no tile's range, but keeps the tile from being FULL
-    low, high = jnp.where(empty, s, low), jnp.where(empty, 0, high)
-    first, last = _fold(low, block_q, jnp.min, s), _fold(high, block_q, jnp.max, 0)
-    seen = (starts < last[..., None]) & (starts + block_k > first[..., None])
-    first, last = _fold(low, block_q, jnp.max, 0), _fold(high, block_q, jnp.min, s)
-    full = (starts >= first[..., None]) & (starts + block_k <= last[..., None])
+    tile = jnp.arange(-(-s // block_k), dtype=jnp.int32)
+    span = [x[..., None] for x in spans(call, s, block_q, block_k)]
+    seen = (tile >= span[0]) & (tile < span[1])
+    full = (tile >= span[2]) & (tile < span[3])
     if call.segments is not None:
         q_ids, k_ids = call.segments
         q_min, q_max = (
@@ -72,13 +94,11 @@ def _pooled(call, spec, t, s, block_q, block_k):
         yield [
             _pool(_pool(call.mask, 2, block_q, f), 3, block_k, f) for f in reductions
         ]
-    if call.kept is not None:
+    if call.kept is not None and spec.cell is not None:
+        rows, keys = (2, t, block_q, spec.cell[0]), (3, s, block_k, spec.cell[1])
         yield [
-            _by_cells(
-                _by_cells(call.kept, 2, t, block_q, spec.cell[0], f),
-                *(3, s, block_k, spec.cell[1], f),
-            )
-            for f in reductions
+            _by_cells(_by_cells(call.kept, *rows, every), *keys, every)
+            for every in (False, True)
         ]
     if spec.sees is not None:
         yield _ask(spec.sees, t, s, block_q, block_k)
@@ -86,25 +106,32 @@ def _pooled(call, spec, t, s, block_q, block_k):
 
 def _pool(mask, axis, block, reduce):
     """Blocks of one axis reduced; an axis of length 1 speaks for every tile."""
-    if mask.shape[axis] == 1:
+    length = mask.shape[axis]
+    if length == 1:
         return mask
-    edges = [(0, 0)] * mask.ndim
-    edges[axis] = (0, -mask.shape[axis] % block)
-    mask = jnp.pad(mask, edges, mode="edge")
-    shape = (*mask.shape[:axis], -1, block, *mask.shape[axis + 1 :])
-    return reduce(mask.reshape(shape), axis=axis + 1)
+    whole = length - length % block  # the rest apart: padding would copy the mask
+    body = lax.slice_in_dim(mask, 0, whole, axis=axis)
+    shape = (*mask.shape[:axis], whole // block, block, *mask.shape[axis + 1 :])
+    body = reduce(body.reshape(shape), axis=axis + 1)
+    if whole == length:
+        return body
+    rest = lax.slice_in_dim(mask, whole, length, axis=axis)
+    rest = reduce(rest, axis=axis, keepdims=True)
+    return jnp.concatenate([body, rest], axis)
 
 
-def _by_cells(kept, axis, length, block, cell, reduce):
-    """Cells of one axis, pooled or repeated, to tiles."""
-    if block % cell == 0:
-        return _pool(kept, axis, block // cell, reduce)
-    if cell % block == 0:
-        kept = jnp.repeat(kept, cell // block, axis)
-        return lax.slice_in_dim(kept, 0, -(-length // block), axis=axis)
-    raise NotImplementedError(
-        f"cells of {cell} and tiles of {block} must be multiples of one another"
-    )
+def _by_cells(kept, axis, length, block, cell, every):
+    """Cells of one axis to tiles: whether any, or every, cell of a tile is kept."""
+    starts = jnp.arange(0, length, block)
+    first, last = starts // cell, (jnp.minimum(starts + block, length) - 1) // cell
+    edges = [(0, 0)] * kept.ndim
+    edges[axis] = (1, 0)
+    counts = jnp.cumsum(jnp.pad(kept.astype(jnp.int32), edges), axis)
+    counts = jnp.take(counts, last + 1, axis) - jnp.take(counts, first, axis)
+    if not every:
+        return counts > 0
+    cells = (last + 1 - first).reshape([-1 if a == axis else 1 for a in range(4)])
+    return counts == cells
 
 
 def _ask(sees, t, s, block_q, block_k):
