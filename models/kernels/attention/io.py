@@ -6,16 +6,17 @@ value [s, h] start in slow memory and out [t, h] must end there; the fast memory
 Computing on what is held is free. Everything counts elements of one head; `Moved.bytes`
 weighs them. `two_level.py` runs the same loops and must count the same.
 
-    standard   scores and weights go through slow memory      Theta(t s + t s h / block)
-    k_outer    FlashAttention, arXiv:2205.14135, Algorithm 1  Theta(t s h^2 / capacity)
-    q_outer    FlashAttention-2, arXiv:2307.08691, Alg. 1     Theta(t s h^2 / capacity)
-    small      arXiv:2402.07443, for capacity < h^2           Theta(t s h / capacity^0.5)
-    ideal      inputs and output once                         2 t h + 2 s h
+    standard   scores and weights through slow memory     Theta(t s + t s h / block)
+    k_outer    FlashAttention (arXiv:2205.14135, Alg. 1)  Theta(t s h^2 / capacity)
+    q_outer    FlashAttention-2 (arXiv:2307.08691, Alg. 1)  the same, about half of it
+    small      arXiv:2402.07443, where capacity < h^2     Theta(t s h / sqrt(capacity))
+    ideal      inputs and output once                     2 t h + 2 s h
 
 With `visited`, a [tiles_t, tiles_s] table, the two Flash orders leave out the other
 tiles: block-sparse attention, or causal attention without its upper half.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -181,7 +182,7 @@ def _left_in_place(t, s, tile, visited) -> int:
     ends = [np.flatnonzero(row)[[0, -1]] for row in np.asarray(visited) if row.any()]
     return sum(
         int(keys[first])
-        for (_, last), (first, _) in zip(ends, ends[1:], strict=False)
+        for (_, last), (first, _) in itertools.pairwise(ends)
         if first == last
     )
 
