@@ -1,5 +1,6 @@
 """Tests run on 8 simulated CPU devices unless the environment names a platform."""
 
+import contextlib
 import os
 import pathlib
 
@@ -42,18 +43,53 @@ def shared_data():
     return folder
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Spend a third of the time on compiling; the same collectives, slower code.
+# Compiling is most of what the tests cost. Without LLVM's passes and with the plainer
+# of XLA:CPU's two ways to write a fusion, a training step compiles in a quarter of the
+# time, to slower code with the same collectives.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
-    For modules that compile whole training steps of tiny models.
-    """
+
+@contextlib.contextmanager
+def _quickly():
     import jax
+    from narrows.parallel import step
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    class Quick(step.Program):
+        def __init__(self, function, mesh, donate=()):
+            super().__init__(function, mesh, donate)
+            self.jitted = jax.jit(
+                function, donate_argnums=tuple(donate), compiler_options=QUICK
+            )
+
+    name = "jax_disable_most_optimizations"  # of all else
+    before = jax.config.read(name), step.Program
+    jax.config.update(name, True)
+    step.Program = Quick
+    try:
+        yield
+    finally:
+        jax.config.update(name, before[0])
+        step.Program = before[1]
+
+
+@pytest.fixture(scope="session")
+def quickly():
+    """`with quickly():` spends a quarter of the time on compiling, for slower code.
+
+    The few bits that only optimized code keeps are those of a NaN in half precision.
+    """
+    return _quickly
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(quickly):
+    """A whole module of tests `with quickly()`."""
+    with quickly():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ row has another number of positions that count.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +18,15 @@ from narrows.parallel.layout import Layout, make_mesh, place_batch
 from narrows.parallel.rules import Rule
 from narrows.parallel.step import (
     Loss,
-    Program,
     create_state,
     make_step,
     state_shardings,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = TransformerConfig(vocab_size=32, depth=2, width=32, heads=2, mlp_width=64)
 OPTIONS = {"codes": 16, "code_width": 4, "window": 4}
 STEPS, ROWS, LENGTH = 6, 16, 12
-# Compiling is what costs here; these passes change no sum's meaning.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
 
@@ -67,14 +64,6 @@ def mesh_of(text: str):
     return layout, make_mesh(layout, jax.devices()[: layout.size])
 
 
-def quick(program: Program) -> Program:
-    """The same program, compiled in a third of the time."""
-    function: Any = program.jitted
-    made = Program(function.__wrapped__, program.mesh)
-    made.jitted = jax.jit(function.__wrapped__, compiler_options=QUICK)
-    return made
-
-
 def parts_of(**config):
     return model_parts(
         dataclasses.replace(CONFIG, **config), "codebook", waist_options=OPTIONS
@@ -83,7 +72,7 @@ def parts_of(**config):
 
 @functools.cache
 def created(local: bool):
-    """A fresh state on one device, as host arrays."""
+    """A fresh state on one device; steps take copies, since they donate."""
     tx = optax.chain(exchange(), ADAM) if local else ADAM
     state = create_state(parts_of().init, tx, 0, mesh_of("data=1")[1])
     return tx, state
@@ -92,7 +81,8 @@ def created(local: bool):
 def start(local, mesh):
     """The state of `created` where this mesh wants it."""
     tx, state = created(local)
-    return tx, jax.tree.map(jax.device_put, state, state_shardings(state, mesh))
+    places = state_shardings(state, mesh)
+    return tx, jax.tree.map(lambda x, s: jnp.copy(jax.device_put(x, s)), state, places)
 
 
 @functools.cache
@@ -109,15 +99,13 @@ def run(text="data=1", *, halves=False, remat="none", **options):
         advance=parts.advance,
         **options,
     )
-    fused = quick(step.fused)
-    take, update = quick(step.gradients), quick(step.update)
     curves, compiled = [], []
     for batch in batches():
         placed = place_batch(batch, mesh)
         if halves:
-            state, metrics = update(state, *take(state, placed))
+            state, metrics = step.update(state, *step.gradients(state, placed))
         else:
-            state, metrics = fused(state, placed)
+            state, metrics = step.fused(state, placed)
         curves.append(jax.device_get(metrics))
         compiled.append(len(COMPILED))
     curves = {name: np.array([m[name] for m in curves]) for name in curves[0]}

@@ -27,24 +27,13 @@ TINY = (
 )
 
 
-@contextlib.contextmanager
-def _unoptimized():
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
 @pytest.fixture(scope="session")
-def call():
+def call(quickly):
     """`call(script, *arguments, ...)`: the exit code of its main, compiled cheaply."""
 
     def call(script, *arguments, devices: int | None = None) -> int:
         options = {} if devices is None else {"devices": jax.devices()[:devices]}
-        with _unoptimized():
+        with quickly():
             try:
                 return script.main([script.__name__, *arguments], **options)
             except SystemExit as stop:

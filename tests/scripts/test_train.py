@@ -131,7 +131,8 @@ train.main(sys.argv)
 def test_killed_between_checkpoints_and_resumed_it_never_stopped(
     call, tiny, finished, tmp_path
 ):
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
     argv = [sys.executable, "-c", KILLED, f"--workdir={tmp_path}", *tiny]
     killed = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -143,7 +144,6 @@ def test_killed_between_checkpoints_and_resumed_it_never_stopped(
 
 def train_in_this_process(arguments, kill_at):
     """In a process of the cluster; the second one alone is told to stop."""
-    jax.config.update("jax_disable_most_optimizations", True)
     asked = train.stop_asked
 
     def asking(stops, done, **options):
@@ -158,7 +158,6 @@ def train_in_this_process(arguments, kill_at):
         code = stop.code
     finally:
         train.stop_asked = asked
-        jax.config.update("jax_disable_most_optimizations", False)
     return code
 
 
