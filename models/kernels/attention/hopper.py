@@ -9,16 +9,17 @@ value's dtype. Tiles that all rows see run first and without a mask.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .call import Call, Spec
+from .hopper_backward import backward
 from .tiles import visits
 from .warpgroups import (
     COLUMN,
@@ -32,11 +33,14 @@ from .warpgroups import (
     along,
     base_two,
     cast,
+    ids,
     load,
     make_finite,
     overlap,
+    pad,
     pick,
     product,
+    row_tiles,
     seen,
     tile_lists,
     tiled,
@@ -44,15 +48,6 @@ from .warpgroups import (
 
 # head width -> (keys of a tile, stages of the ring); shared memory holds 227 KB
 BLOCKS = {64: (128, 4), 128: (128, 2), 192: (64, 2), 256: (64, 2)}
-
-
-class Rows(NamedTuple):
-    """Who sees what, in tiles of 64 rows; and the ids of documents, where there are."""
-
-    low: Int[Array, "b tiles 64"]
-    high: Int[Array, "b tiles 64"]
-    q_ids: Int[Array, "b tiles 64"] | None
-    k_ids: Int[Array, "b tiles keys"] | None
 
 
 def hopper(
@@ -75,17 +70,22 @@ def hopper(
       NotImplementedError: what this form cannot take; the Triton form takes it.
     """
     _refuse(query, key, value, call, spec)
-    (_, t, _, h), s = query.shape, key.shape[1]
-    block, stages = blocks or BLOCKS[h]
-    plan = Plan(spec.scale, spec.soft_cap, block, stages, interpret)
-    table = visits(call, spec, s, TILE, block)
-    lists = tile_lists(table)
-    query, key, value = (
-        _pad(x, n) for x, n in ((query, TILE), (key, block), (value, block))
-    )
-    rows = Rows(*_rows(call, s, block))
-    out, logsumexp = _forward(plan, query, key, value, call.sinks, rows, lists)
-    return out[:, :t], logsumexp[:, :, :t].swapaxes(1, 2)
+    plan = Plan(spec, *(blocks or BLOCKS[query.shape[-1]]), interpret)
+    out, logsumexp = _attend(plan, query, key, value, call)
+    return out, logsumexp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, query, key, value, call):
+    return _forward(plan, query, key, value, call)
+
+
+def _remember(plan, query, key, value, call):
+    out, logsumexp = _forward(plan, query, key, value, call)
+    return (out, logsumexp), (query, key, value, call, out, logsumexp)
+
+
+_attend.defvjp(_remember, backward)
 
 
 def _refuse(query, key, value, call, spec):
@@ -115,40 +115,19 @@ def _refuse(query, key, value, call, spec):
             )
 
 
-def _pad(x, block, fill=0):
-    """Axis 1 up to whole tiles."""
-    missing = -x.shape[1] % block
-    if not missing:
-        return x
-    edges = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, edges, constant_values=fill)
-
-
-def _rows(call, s, block):
-    """Bounds and ids in tiles; rows beyond the last see nothing."""
-    by_rows = [call.low, jnp.minimum(call.high, s)]
-    by_keys = None
-    if call.segments is not None:
-        by_rows.append(call.segments[0])
-        by_keys = _pad(call.segments[1].astype(jnp.int32), block)
-        by_keys = by_keys.reshape(by_keys.shape[0], -1, block)
-    by_rows = [_pad(x.astype(jnp.int32), TILE) for x in by_rows]
-    by_rows = [x.reshape(x.shape[0], -1, ROWS) for x in by_rows]
-    return (*by_rows, *[None] * (3 - len(by_rows)), by_keys)
-
-
-def _forward(plan, query, key, value, sinks, rows, lists):
+def _forward(plan, query, key, value, call):
     """One block for each tile of rows, head and batch row; the last tiles first."""
+    (_, rows, _, _), s = query.shape, key.shape[1]
+    block, stages = plan.block, plan.stages
+    lists = tile_lists(visits(call, plan.spec, s, TILE, block))
+    bounds = row_tiles(call, s)
+    optional = ids(call, block)
+    if call.sinks is not None:
+        optional["sinks"] = call.sinks.astype(jnp.float32)
+    query, key, value = pad(query, TILE), pad(key, block), pad(value, block)
     (b, t, n, h), k = query.shape, key.shape[2]
     group, fetching = n // k, COMPUTE
-    optional: dict[str, Any] = {
-        "q_ids": rows.q_ids,
-        "k_ids": rows.k_ids,
-        "sinks": sinks,
-    }
-    optional = {name: x for name, x in optional.items() if x is not None}
-    block, stages = plan.block, plan.stages
-    c = plan.scale * LOG2E  # scores are s c, in base 2
+    c = plan.spec.scale * LOG2E  # scores are c q.k, in base 2
 
     def kernel(q, k, v, low, high, order, counts, *refs, smem, barriers):
         *refs, out, lse = refs
@@ -210,8 +189,8 @@ def _forward(plan, query, key, value, sinks, rows, lists):
             def softmax(scores, top, total, mask=None):
                 """(weights, factor of what came before, top, total)."""
                 factor = c
-                if plan.soft_cap is not None or c <= 0:
-                    scores, factor = base_two(plan, scores), 1.0
+                if plan.spec.soft_cap is not None or c <= 0:
+                    scores, factor = base_two(plan, scores)[0], 1.0
                 if mask is not None:
                     scores = jnp.where(mask, scores, -jnp.inf)
                 new = jnp.maximum(top, scores.max(axis=1) * factor)
@@ -269,9 +248,9 @@ def _forward(plan, query, key, value, sinks, rows, lists):
                 slot = lax.rem(i, stages)
                 j = order[(*entry, i)]
                 key_ids = None
-                if ids is not None:
+                if q_ids is not None:
                     key_ids = load(plan, extra["k_ids"], (row, j), COLUMN)
-                mask = seen(plan, bounds, ids, j * block, key_ids)
+                mask = seen(plan, limits, q_ids, j * block, key_ids)
                 plgpu.barrier_wait(k_ready.at[slot])
                 plgpu.barrier_wait(turn.at[me])
                 scores = product(plan, q_mine, k_smem.at[slot], transpose=True)
@@ -283,10 +262,10 @@ def _forward(plan, query, key, value, sinks, rows, lists):
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, top, total
 
-            bounds = [load(plan, ref, (row, mine), ROW) for ref in (low, high)]
-            ids = None
+            limits = [load(plan, ref, (row, mine), ROW) for ref in (low, high)]
+            q_ids = None
             if "q_ids" in extra:
-                ids = load(plan, extra["q_ids"], (row, mine), ROW)
+                q_ids = load(plan, extra["q_ids"], (row, mine), ROW)
             top, total = jnp.float32(LOWEST), jnp.float32(0)
             if "sinks" in extra:
                 top, total = extra["sinks"][head] * LOG2E, jnp.float32(1)
@@ -341,5 +320,5 @@ def _forward(plan, query, key, value, sinks, rows, lists):
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plan.interpret,
-    )(query, key, value, rows.low, rows.high, *lists, *optional.values())
-    return out, lse.reshape(b, n, t)
+    )(query, key, value, *bounds, *lists, *optional.values())
+    return out[:, :rows], lse.reshape(b, n, t)[:, :, :rows].swapaxes(1, 2)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, Int8
 
+from .call import Spec
 from .tiles import FULL, PART
 
 ROWS = 64  # rows of one warpgroup: those of one wgmma
@@ -30,8 +31,7 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # one value per row, per colum
 class Plan(NamedTuple):
     """What one kernel is compiled for."""
 
-    scale: float
-    soft_cap: float | None
+    spec: Spec
     block: int  # length of the streamed tiles: keys, or rows for the gradients of keys
     stages: int  # of the ring
     interpret: Any  # False on hardware
@@ -112,6 +112,39 @@ def overlap(plan, first, second, start, issued, then):
     return pl.run_scoped(scope, _size(*first, True), _size(*second, False))
 
 
+def chain(plan, first, second, weigh, grade, sums, rights):
+    """The sums of a gradient, plus what one tile of weights and errors adds.
+
+    first, second = (a, b) stand for a b^T. (weights, kept) = weigh(first), and errors
+    = grade(kept, second) while the weights are multiplied, where anyone asks for them:
+    rights = (b, b') with sums for weights b and errors b', or (b',) for the errors.
+    """
+    if plan.interpret:
+        weights, kept = weigh(_dot(*first, True))
+        errors = grade(kept, _dot(*second, True))
+        lefts = (weights, errors)[-len(sums) :]
+        return tuple(
+            start + _dot(a, b, False)
+            for start, a, b in zip(sums, lefts, rights, strict=True)
+        )
+
+    def scope(scores, slopes, *accs):
+        _issue(scores, *first, True)
+        _issue(slopes, *second, True)
+        weights, kept = weigh(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        if len(accs) == 2:
+            accs[0][...] = sums[0]
+            _issue(accs[0], weights, rights[0], False)
+        slopes = plgpu.wgmma_accumulator_load(slopes, wait_n=len(accs) - 1)
+        errors = grade(kept, slopes)
+        accs[-1][...] = sums[-1]
+        _issue(accs[-1], errors, rights[-1], False)
+        return tuple(acc[...] for acc in accs)
+
+    accs = [plgpu.ACC(x.shape) for x in sums]
+    return pl.run_scoped(scope, _size(*first, True), _size(*second, True), *accs)
+
+
 def tile_lists(
     table: Int8[Array, "b n r c"],
 ) -> tuple[Int[Array, "b n r c"], Int[Array, "b n r 2"]]:
@@ -127,6 +160,34 @@ def tile_lists(
     order = jnp.sum(jnp.where(placed, column, 0), -1, dtype=jnp.int32)
     counts = [jnp.sum(table == kind, -1, dtype=jnp.int32) for kind in (FULL, PART)]
     return order, jnp.stack(counts, -1)
+
+
+def pad(x, block):
+    """Axis 1 up to whole tiles."""
+    missing = -x.shape[1] % block
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+
+def fold(x, block):
+    """[b, length] -> int32 [b, tiles, block]."""
+    x = pad(x.astype(jnp.int32), block)
+    return x.reshape(x.shape[0], -1, block)
+
+
+def row_tiles(call, s):
+    """Bounds of the rows in tiles of 64, whole blocks of them; padding sees nothing."""
+    bounds = (call.low, jnp.minimum(call.high, s))
+    return [fold(pad(x, TILE), ROWS) for x in bounds]
+
+
+def ids(call, block):
+    """Documents of rows and of keys in tiles, where a call has any."""
+    if call.segments is None:
+        return {}
+    q_ids, k_ids = call.segments
+    return {"q_ids": fold(pad(q_ids, TILE), ROWS), "k_ids": fold(k_ids, block)}
 
 
 def pick(ref, b, n):
@@ -157,10 +218,12 @@ def make_finite(plan, ref):
 
 
 def base_two(plan, scores):
-    """Products to scores in base 2: scaled, capped."""
-    if plan.soft_cap is None:
-        return scores * (plan.scale * LOG2E)
-    return tanh(scores * (plan.scale / plan.soft_cap)) * (plan.soft_cap * LOG2E)
+    """(scores in base 2: scaled and capped; slope of the cap, or None)."""
+    scale, cap = plan.spec.scale, plan.spec.soft_cap
+    if cap is None:
+        return scores * (scale * LOG2E), None
+    bent = tanh(scores * (scale / cap))
+    return bent * (cap * LOG2E), 1 - bent * bent
 
 
 def tanh(x):
