@@ -10,7 +10,6 @@ the codebook is the same on any number of devices and microbatches.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from .bottleneck import Waist
-
-
-class CodeSums(NamedTuple):
-    """Sums over the positions that chose each code, float32."""
-
-    count: Float[Array, " k"]
-    total: Float[Array, "k e"]
-    square: Float[Array, ""]  # of the distances to the chosen codes, over all positions
-
-
-def nearest(e: Float[Array, "*b e"], codes: Float[Array, "k e"]) -> Int[Array, "*b"]:
-    """Index of the nearest code; distances are float32 always, ties go to the first.
-
-    |e - C_j|^2 is compared as |C_j|^2 / 2 - e C_j, which orders the codes alike.
-    """
-    e, codes = e.astype(jnp.float32), codes.astype(jnp.float32)
-    dots = jnp.einsum("...e,ke->...k", e, codes, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmin(0.5 * jnp.sum(codes**2, -1) - dots, axis=-1).astype(jnp.int32)
-
-
-class CodeState(nnx.Variable):
-    """Learned from sums instead of gradients."""
+from .quantize import losses, traffic
+from .quantize.layer import Memory, unit_square
+from .quantize.search import nearest
+from .quantize.updates import CodeState, CodeSums, code_sums, ema, follow, revive
+from .quantize.vq import nearest_code
 
 
 class Codebook(nnx.Module):
@@ -72,11 +54,11 @@ class Codebook(nnx.Module):
         self.inward = nnx.Linear(width, code_width, use_bias=False, rngs=rngs)
         self.outward = nnx.Linear(code_width, width, use_bias=False, rngs=rngs)
         start = jax.random.normal(rngs.params(), (codes, code_width), jnp.float32)
-        self.average = CodeState(start)  # of what each code received: the code itself
-        self.weight = CodeState(jnp.zeros(codes, jnp.float32))  # average count
-        self.spread = CodeState(jnp.ones((), jnp.float32))  # mean squared distance
-        self.counts = CodeState(jnp.zeros((window, codes), jnp.float32))
-        self.steps = CodeState(jnp.zeros((), jnp.int32))  # updates that learned
+        self.average = Memory(start)  # of what each code received: the code itself
+        self.weight = Memory(jnp.zeros(codes, jnp.float32))  # average count
+        self.spread = Memory(jnp.ones((), jnp.float32))  # mean squared distance
+        self.counts = Memory(jnp.zeros((window, codes), jnp.float32))
+        self.steps = Memory(jnp.zeros((), jnp.int32))  # updates that learned
 
     @property
     def capacity(self) -> float:
@@ -100,92 +82,45 @@ class Codebook(nnx.Module):
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)  # not even a NaN there goes further
         e = self._inward(x)
-        table = jax.lax.stop_gradient(self.average[...])
-        codes = nearest(jax.lax.stop_gradient(e), table)
-        chosen = table[codes]
-        z = self.outward(chosen + (e - jax.lax.stop_gradient(e))).astype(x.dtype)
-        keep = jnp.ones(codes.shape) if mask is None else mask
-        keep = keep.astype(jnp.float32)
-        square = jnp.sum((e - chosen) ** 2, -1)
-        loss = jnp.sum(square * keep) / jnp.maximum(keep.sum(), 1.0)
-        bits = -jnp.log2(self.frequencies())[codes] * keep
-        stats = jax.lax.stop_gradient(_sums(e, codes, square, keep, len(table)))
-        return Waist(z, loss, bits, stats, codes=codes)
+        found = nearest_code(e, self.average[...])
+        keep = jnp.ones(x.shape[:-1]) if mask is None else mask.astype(jnp.float32)
+        bits = -jnp.log2(self.frequencies())[found.index] * keep
+        k = self.weight[...].size
+        return Waist(
+            self.outward(found.z).astype(x.dtype),
+            losses.mean(found.commitment, keep),
+            bits,
+            code_sums(e, found.index, found.commitment, keep, k),
+            codes=found.index,
+        )
 
     def frequencies(self) -> Float[Array, " k"]:
         """Share of each code in the window, half a count added: never 0, sums to 1."""
-        counts = self.counts[...].sum(0) + 0.5
-        return counts / counts.sum()
+        return traffic.frequencies(self._traffic(), [self.weight[...].size])
 
     def update(self, stats: CodeSums) -> dict[str, jax.Array]:
         """Move the codes, revive the starved, count the window. Call once a step."""
-        count, total, square = stats
-        seen = count.sum()
-        keep = self.decay
-        weight = keep * self.weight[...] + (1 - keep) * count
-        off = total - count[:, None] * self.average[...]  # 0 where nothing came
-        share = (1 - keep) / jnp.where(weight > 0, weight, 1.0)
-        average = self.average[...] + share[:, None] * off
-        spread = keep * self.spread[...] + (1 - keep) * square / jnp.maximum(seen, 1.0)
-        steps = self.steps[...]
-        average, weight, revived = _split(
-            average, weight, spread, self.revive * weight.mean(), steps
+        old = CodeState(
+            self.average[...],
+            self.weight[...],
+            self.spread[...],
+            self.steps[...],
+            inner=((), ()),
         )
-        arrived = seen > 0  # a step of masked positions alone teaches nothing
-        window = self.counts[...].at[steps % len(self.counts[...])].set(count)
-        for state, new in (
-            (self.average, average),
-            (self.weight, weight),
-            (self.spread, spread),
-            (self.counts, window),
-            (self.steps, steps + 1),
-        ):
-            state[...] = jnp.where(arrived, new, state[...])
-        return self.report() | {"waist_revived": jnp.where(arrived, revived, 0.0)}
+        new, said = follow(old, stats, (ema(self.decay), revive(self.revive)))
+        window = traffic.record(self._traffic(), stats.count)
+        self.average[...], self.weight[...] = new.codes, new.weight
+        self.spread[...], self.steps[...] = new.spread, new.steps
+        self.counts[...] = window.counts
+        return self.report() | {"waist_revived": said["revived"]}
 
     def report(self) -> dict[str, jax.Array]:
         """Of the window: share of codes used, entropy in bits, perplexity in codes."""
-        counts = self.counts[...].sum(0)
-        share = counts / jnp.maximum(counts.sum(), 1.0)
-        entropy = -jnp.sum(jax.scipy.special.xlogy(share, share)) / math.log(2)
-        return {
-            "waist_usage": jnp.mean(counts > 0, dtype=jnp.float32),
-            "waist_entropy": entropy,
-            "waist_perplexity": 2.0**entropy,
-        }
+        return traffic.report(self._traffic(), [self.weight[...].size])
+
+    def _traffic(self) -> traffic.Traffic:
+        return traffic.Traffic(self.counts[...], self.steps[...])
 
     def _inward(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         """To unit mean square, or the commitment loss would shrink all to one point."""
-        e = self.inward(self.norm(x.astype(jnp.float32)))
-        return e * jax.lax.rsqrt(jnp.mean(e**2, -1, keepdims=True) + 1e-6)
-
-
-def _sums(e, codes, square, keep, k: int) -> CodeSums:
-    flat, e = codes.reshape(-1), e.reshape(-1, e.shape[-1])
-    keep = keep.reshape(-1)
-    return CodeSums(
-        count=jax.ops.segment_sum(keep, flat, k),
-        total=jax.ops.segment_sum(e * keep[:, None], flat, k),
-        square=jnp.sum(square.reshape(-1) * keep),
-    )
-
-
-def _split(average, weight, spread, floor, steps):
-    """Give the j-th code below `floor` half of the j-th fullest code, a little aside.
-
-    Aside is a tenth of the mean distance to a code, in a random direction: a plane
-    close to the donor halves what it receives, where one at full distance would, in
-    many dimensions, cut off almost nothing.
-    """
-    k, width = average.shape
-    starved = weight < floor
-    rank = jnp.cumsum(starved) - 1  # the j-th starved code ...
-    fullest = jnp.argsort(-weight, stable=True)
-    donor = fullest[jnp.clip(rank, 0, k - 1)]  # ... takes from the j-th fullest
-    starved &= weight[donor] > 2 * floor  # and only from one that can spare half
-    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), steps), (k, width))
-    aside = 0.1 * jnp.sqrt(spread / width) * noise
-    taken = jnp.zeros(k, bool).at[jnp.where(starved, donor, k)].set(True, mode="drop")
-    average = jnp.where(starved[:, None], average[donor] + aside, average)
-    shared = jnp.where(starved, weight[donor] / 2, jnp.where(taken, weight / 2, weight))
-    return average, shared, starved.sum().astype(jnp.float32)
+        return unit_square(self.inward(self.norm(x.astype(jnp.float32))))

@@ -1,6 +1,7 @@
 """The table of waists: name -> factory(width, rngs=..., **options) of a layer.
 
-A new waist is one file beside this one and one line here.
+A new waist is one file beside this one and one line here; every quantiser of
+`quantize/table.py` is one already.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from flax import nnx
 
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
+from .quantize import table
 
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    **table.WAISTS,
 }
 
 
