@@ -37,8 +37,8 @@ class Link(NamedTuple):
 class LinkState(NamedTuple):
     """Float32, in the shape of the signal; () where the link does not need it."""
 
-    e: Array | tuple  # not sent yet
-    h: Array | tuple  # what the receiver expects
+    e: Any  # not sent yet
+    h: Any  # what the receiver expects
 
 
 class Row(NamedTuple):
@@ -107,8 +107,8 @@ def send(
 
 
 def receive(
-    link: Link, h: Array | tuple, sent: Float[Array, "*s"]
-) -> tuple[Float[Array, "*s"], Array | tuple]:
+    link: Link, h: Any, sent: Float[Array, "*s"]
+) -> tuple[Float[Array, "*s"], Any]:
     """(est, h') at the receiver, of what the payload decoded to; bits as `send`'s."""
     if not link.a:
         return sent, ()

@@ -1,6 +1,7 @@
 """The table of optimizers: name -> optax transformation, with clipping and a schedule.
 
-A new optimizer is one file beside this one and one line here.
+A new optimizer is one file beside this one and one line here. Those of LOCAL take every
+worker's own gradients and exchange them themselves.
 """
 
 from collections.abc import Callable
@@ -8,12 +9,20 @@ from collections.abc import Callable
 import jax
 import optax
 
+from .one_bit_adam import one_bit_adam
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda rate, decay, mask: optax.adamw(
         rate, b1=0.9, b2=0.95, weight_decay=decay, mask=mask
     ),
     "sgd": lambda rate, decay, mask: optax.chain(
         optax.add_decayed_weights(decay, mask=mask), optax.sgd(rate, momentum=0.9)
+    ),
+}
+
+LOCAL: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "one_bit_adam": lambda rate, decay, mask, **options: one_bit_adam(
+        rate, b1=0.9, b2=0.99, weight_decay=decay, mask=mask, **options
     ),
 }
 
@@ -45,14 +54,27 @@ def make_optimizer(
     *,
     weight_decay: float = 0.1,
     clip: float = 1.0,
+    workers: int = 1,
+    freeze_step: int | None = None,
+    earliest: int = 0,
 ) -> optax.GradientTransformation:
     """An optimizer by name, after clipping the global gradient norm to `clip`.
 
+    Those of LOCAL exchange the gradients of `workers` on the axis "data", and compress
+    after `freeze_step` updates, or once settled but not before `earliest`.
+
     >>> tx = make_optimizer("adamw", warmup_cosine(1e-3, steps=100, warmup=10))
     """
+    if name in LOCAL:
+        options = {"clip": clip, "freeze_step": freeze_step, "earliest": earliest}
+        return LOCAL[name](rate, weight_decay, matrices, workers=workers, **options)
     if name not in OPTIMIZERS:
+        said = ", ".join([*OPTIMIZERS, *LOCAL])
+        raise ValueError(f"optimizer: {name!r}, but allowed are {said}")
+    if freeze_step is not None:
         raise ValueError(
-            f"optimizer: {name!r}, but allowed are {', '.join(OPTIMIZERS)}"
+            f"freeze_step: {freeze_step}, but {name} sends everything whole; take one "
+            f"of {', '.join(LOCAL)}"
         )
     return optax.chain(
         optax.clip_by_global_norm(clip), OPTIMIZERS[name](rate, weight_decay, matrices)

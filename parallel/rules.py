@@ -14,6 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .state import rule_of
+
 
 class Rule(NamedTuple):
     pattern: str  # regular expression, matched against the whole logical name
@@ -89,8 +91,9 @@ def shardings(tree, mesh: Mesh, rules: Sequence[Rule] = TRANSFORMER):
 def follow(tree, params, placed):
     """Shardings of optimizer state: a leaf goes with the parameter that ends its name.
 
-    `placed` holds the shardings of `params`. Scalars are whole. Raises ValueError for
-    an array that is no parameter's: its place must be stated, not guessed.
+    `placed` holds the shardings of `params`. Scalars are whole, and per-worker state
+    lies over data. Raises ValueError for an array that is no parameter's: its place
+    must be stated, not guessed.
     """
     shapes = jax.tree_util.tree_leaves_with_path(params)
     places = jax.tree.leaves(placed)
@@ -101,6 +104,8 @@ def follow(tree, params, placed):
     whole = NamedSharding(places[0].mesh, P())
 
     def find(path, x):
+        if rule_of(path):
+            return NamedSharding(whole.mesh, P("data"))
         if not x.shape:
             return whole
         parts = name_of(path).split("/")

@@ -170,6 +170,7 @@ def restore(
     Per-worker arrays are read at the stored number and brought to that of `target` by
     their rules. All else must fit exactly.
     """
+    checkpoints.wait()
     stored = {row.name: row for row in inspect(checkpoints.directory, step).rows}
 
     def as_stored(path, x):
@@ -177,8 +178,7 @@ def restore(
         shape = stored[name].shape if name in stored else x.shape
         if rule_of(path) is None or shape == x.shape:
             return x
-        whole = NamedSharding(x.sharding.mesh, P())
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_whole(x.sharding))
 
     asked = jax.tree_util.tree_map_with_path(as_stored, target)
     state, meta = checkpoints.restore(asked, step=step, expect=expect)
@@ -188,3 +188,10 @@ def restore(
         return state, meta
     places = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(lambda s: resize(s, target), out_shardings=places)(state), meta
+
+
+def _whole(sharding):
+    """Every device of a sharding holding all: any stored shape can lie so."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P())
+    return sharding

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from .layout import BATCH, Layout, constrain
 from .rules import TRANSFORMER, Rule, check_every_axis_is_used, follow, shardings
+from .state import own, reports, specs, stacked
 
 
 class Loss(NamedTuple):
@@ -138,14 +139,15 @@ def make_step(
     gradients="local": every gradient leaf gets a leading axis of `layout.data` workers
         (sharded over data) whose mean is the global gradient; `tx` runs with the axis
         name "data" bound and must itself exchange them (`jax.lax.pmean`, or a
-        compressed mean), its state whole on each worker.
+        compressed mean). Of its state it sees its own part of what `state.py` calls
+        per-worker, and the whole of the rest.
     microbatches: cuts the batch's rows; gradients, sums and stats are added in float32.
     advance(params, rest, stats) -> (rest, report): called once per update with the sums
         of `stats` over the global batch; `report` scalars join the metrics.
 
     Metrics are float32 scalars: loss (total per weight), grad_norm, every sum per
-    weight, and advance's report. Raises ValueError for a bad argument, at once or when
-    traced.
+    weight, what the optimizer's state reports, and advance's report. Raises ValueError
+    for a bad argument, at once or when traced.
     """
     if gradients not in ("mean", "local"):
         raise ValueError(
@@ -209,14 +211,15 @@ def make_step(
     def apply_local(params, opt, grads):
         def worker(params, opt, grads):
             grads = jax.tree.map(lambda g: g[0], grads)
-            params, opt, _ = apply(params, opt, grads)
+            params, opt, _ = apply(params, own(opt), grads)
             squares = jax.lax.pmean(optax.tree.norm(grads) ** 2, "data")
-            return params, opt, jnp.sqrt(squares)
+            return params, stacked(opt), jnp.sqrt(squares)
 
+        places = specs(opt, "data")
         return jax.shard_map(
             worker,
-            in_specs=(P(), P(), P("data")),
-            out_specs=(P(), P(), P()),
+            in_specs=(P(), places, P("data")),
+            out_specs=(P(), places, P()),
             axis_names={"data"},
             check_vma=False,
         )(params, opt, grads)
@@ -227,7 +230,7 @@ def make_step(
         metrics = {"loss": report.total, **report.sums}
         weight = _counted(report.weight)
         metrics = {name: value / weight for name, value in metrics.items()}
-        metrics["grad_norm"] = norm
+        metrics |= {"grad_norm": norm, **reports(opt)}
         rest = state.rest
         if advance is not None:
             rest, said = advance(state.params, rest, report.stats)

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from absl import flags
 from narrows.data.text import batches, load_corpus
-from narrows.optim.table import OPTIMIZERS, make_optimizer, warmup_cosine
 from narrows.parallel.checkpoint import Checkpoints
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
+from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, make_step
 from narrows.scripts import command, results
 from narrows.scripts.model_flags import (
@@ -34,6 +34,7 @@ from narrows.scripts.model_flags import (
     model_record,
     restore_parts,
 )
+from narrows.scripts.optimizer_flags import define_optimizer, optimizer_of
 from narrows.scripts.profiling import profile_range, tracing
 from narrows.scripts.runlog import RunLog, bits_per_byte, draw_run, read_rows
 from narrows.scripts.stopping import noted_signals, stop_asked
@@ -53,15 +54,9 @@ COLUMNS = (
 
 def define_flags() -> flags.FlagValues:
     f = flags.FlagValues()
-    text, integer, real, yes, enum = (
+    text, integer, yes = (
         functools.partial(define, flag_values=f)
-        for define in (
-            flags.DEFINE_string,
-            flags.DEFINE_integer,
-            flags.DEFINE_float,
-            flags.DEFINE_bool,
-            flags.DEFINE_enum,
-        )
+        for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool)
     )
     text("workdir", None, "checkpoints, log and figure (required)")
     text("data", None, "text file or folder; default: Python's library")
@@ -72,11 +67,6 @@ def define_flags() -> flags.FlagValues:
     integer("batch_size", 8, "rows of the global batch", 1)
     integer("seq_len", 256, "tokens per row", 1)
     integer("microbatches", 1, "cut each batch and add gradients", 1)
-    enum("optimizer", "adamw", list(OPTIMIZERS), "by name")
-    real("learning_rate", None, "peak; default 0.03 / width**0.5", 0.0)
-    integer("warmup", None, "steps; default 5 % of --steps, at least 10", 0)
-    real("weight_decay", 0.1, "of kernels and embeddings", 0.0)
-    real("clip", 1.0, "global gradient norm", 0.0)
     text("mesh", "", "e.g. data=2,fsdp=2,tensor=2; default: all on data")
     integer("checkpoint_every", 100, "steps", 1)
     integer("keep", 2, "newest checkpoints to keep, beside the best", 1)
@@ -84,6 +74,7 @@ def define_flags() -> flags.FlagValues:
     integer("eval_rows", 64, "windows of the validation split", 1)
     text("profile_steps", None, "first:last, updates to trace for TensorBoard")
     yes("sample", True, "print a sample at the end")
+    define_optimizer(f)
     define_model(f)
     command.define_processes(f)
     return f
@@ -119,12 +110,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         parts = restore_parts(record)
         width: int = config_of(record).width  # type: ignore
-        rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
-        warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
-        schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
-        tx = make_optimizer(
-            f.optimizer, schedule, weight_decay=f.weight_decay, clip=f.clip
-        )
+        tx, schedule, gradients = optimizer_of(f, width, layout)
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,
             "model": record,
@@ -150,7 +136,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         else:
             check_same_run(folder, same)
             target = abstract_state(parts.init, tx, f.seed, mesh)
-            state, _ = checkpoints.restore(target, step=first, expect=same)
+            state, _ = restore(checkpoints, target, step=first, expect=same)
         stream = batches(
             corpus,
             "train",
@@ -165,6 +151,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             tx,
             layout,
             mesh,
+            gradients=gradients,
             microbatches=f.microbatches,
             advance=parts.advance,
         )
@@ -204,6 +191,8 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             what = f"loss {got['loss']} and gradient norm {norm} at step {done}"
             refuse(what, done - 1)
         bits, speed = bits_per_byte(nats, per_byte["train"]), tokens / (clock - now)
+        if got.get("compressed") and done == got["frozen_at"] + 1:
+            console.print(f"step {done}: second moment frozen, gradients compressed")
         if log:
             log.write(
                 done,

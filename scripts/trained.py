@@ -12,6 +12,7 @@ from narrows.models.transformer import Transformer
 from narrows.optim.table import make_optimizer
 from narrows.parallel.checkpoint import Checkpoints, inspect
 from narrows.parallel.layout import Layout, make_mesh
+from narrows.parallel.state import restore
 from narrows.parallel.step import TrainState, abstract_state
 from narrows.scripts.model_flags import restore_parts
 
@@ -38,7 +39,7 @@ def load_trained(
     init = restore_parts(found.meta["model"]).init
     with Checkpoints(folder) as checkpoints:
         target = abstract_state(init, tx, 0, mesh)
-        state, meta = checkpoints.restore(target, step=found.step)
+        state, meta = restore(checkpoints, target, step=found.step)
     return Trained(state, meta, folder / str(found.step))
 
 
