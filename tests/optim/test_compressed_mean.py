@@ -202,7 +202,7 @@ def test_weights_and_absence():
         def f(x, state, way=way):
             return way.mean(x, state, jax.random.key(0), weights=weights)
 
-        outs, _ = simulate(f, workers=N, axis_name="data")(
+        outs, _ = jax.jit(simulate(f, workers=N, axis_name="data"))(
             signals, way.init(one(signals))
         )
         wanted = np.tensordot(np.asarray(weights), np.asarray(signals["kernel"]), 1) / N
@@ -214,7 +214,7 @@ def test_weights_and_absence():
         signal, active = x
         return way.mean(signal, state, jax.random.key(0), active=active)
 
-    go = simulate(step, workers=N, axis_name="data")
+    go = jax.jit(simulate(step, workers=N, axis_name="data"))
     _, state = go((trees(0), jnp.ones(N, bool)), way.init(one(signals)))
     present = jnp.arange(N) % 2 == 0
     outs, state = go((trees(1), present), state)
@@ -235,7 +235,7 @@ def test_ef21_w_takes_the_steps_of_ef21():
             g, w_i = x
             return way.mean(g / w_i, state, jax.random.key(0), weights=w)
 
-        go = simulate(step, workers=N, axis_name="data")
+        go = jax.jit(simulate(step, workers=N, axis_name="data"))
         state, outs = way.init(signals[0]), []
         for i in range(4):
             y, state = go((trees(i)["kernel"], w), state)
@@ -337,7 +337,7 @@ def test_sharded_parameters_on_a_mesh():
     }
     bits = 8 * sum(c.wire_bytes for c in sent)
     assert way.sent_bits(params) == pytest.approx(bits, rel=1e-12)
-    wanted = simulate(step, workers=N, axis_name="fsdp")(goals, carry)
+    wanted = jax.jit(simulate(step, workers=N, axis_name="fsdp"))(goals, carry)
     close = functools.partial(np.testing.assert_allclose, atol=2e-6)
     jax.tree.map(close, compiled(goals, carry)[1], wanted[1])
 
