@@ -13,6 +13,8 @@ from narrows.models.kernels.attention.io import Tile
 SIZES = st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(1, 6))
 TILES = st.builds(Tile, st.integers(1, 6), st.integers(1, 6))
 PLENTY = 10**6
+FIT: Any = io.fit
+WORK: Any = io.work
 CLOSED: dict[str, Any] = {
     "standard": io.standard,
     "k_outer": io.k_outer,
@@ -83,14 +85,14 @@ def test_block_sparse_runs_visit_the_kept_tiles_only(name, options, sizes, tile,
     closed = CLOSED[name](*sizes, tile, visited, **options)
     run = RUNS[name](*arrays, tile, PLENTY, visited=visited, mask=mask, **options)
     check(run, closed, plain(*arrays, mask))
-    assert run.work == io.work(name, *sizes, tile, visited)
+    assert run.work == WORK(name, *sizes, tile, visited)
 
 
 @quick
 @given(sizes=SIZES, tile=TILES)
 def test_reuse_leaves_out_blocks_that_are_in_place(sizes, tile):
     arrays = draw(*sizes)
-    closed = io.q_outer(*sizes, tile, reuse=True)
+    closed = CLOSED["q_outer"](*sizes, tile, reuse=True)
     run = two_level.q_outer(*arrays, tile, PLENTY, reuse=True)
     check(run, closed, plain(*arrays))
 
@@ -109,7 +111,7 @@ def test_the_published_counts():
 def test_work_is_counted_as_it_is_done(name):
     sizes, tile = (13, 11, 3), Tile(4, 3)
     run = RUNS[name](*draw(*sizes), tile, PLENTY)
-    assert run.work == io.work(name, *sizes, tile)
+    assert run.work == WORK(name, *sizes, tile)
     assert run.work.divided == 13 * 3 * (4 if name == "k_outer" else 1)
 
 
@@ -123,7 +125,7 @@ def test_work_is_counted_as_it_is_done(name):
 )
 def test_fitted_tiles_fit_and_no_larger_one_does(name, lengths, h, capacity, inner):
     inner = None if name == "small" else inner
-    tile = io.fit(name, *lengths, h, capacity, inner=inner)
+    tile = FIT(name, *lengths, h, capacity, inner=inner)
     assert CLOSED[name](*lengths, h, tile).peak <= capacity
     far = 10**6  # no length binds
     tile = io.fit(name, far, far, h, capacity, inner=inner)
