@@ -44,14 +44,15 @@ class Blocks(NamedTuple):
     queries: Tiling  # gradient of queries, and of the bias
 
 
-# By bytes of an element and padded head width.
+# By bytes of an element and padded head width: the widest cuts that fill the registers
+# of an H100 without spilling, by what its compiler reports.
 BLOCKS = {
-    (2, 64): Blocks((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    (2, 128): Blocks((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    (2, 256): Blocks((64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    (4, 64): Blocks((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    (4, 128): Blocks((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    (4, 256): Blocks((32, 32, 8, 2), (16, 32, 8, 1), (32, 16, 8, 1)),
+    (2, 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
+    (2, 128): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    (2, 256): ((128, 64, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2)),
+    (4, 64): ((128, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2)),
+    (4, 128): ((128, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (4, 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 BLOCKS = {at: Blocks(*(Tiling(*cut) for cut in cuts)) for at, cuts in BLOCKS.items()}
 PROGRAMS = 264  # two for each multiprocessor of the largest chips
@@ -212,6 +213,14 @@ def _write(ref, row, places, head, x):
     triton.store(ref, x.astype(dtype), mask=mask)
 
 
+def _line(ref, *lead, at, other):
+    """Entries of the last axis, lying like the indices; `other` beyond the edges."""
+    mask = None if at.inside is None else at.inside.reshape(-1)
+    part = ref.at[*lead, pl.ds(at.start, at.index.size)]
+    line = triton.load(part, mask=mask, other=None if mask is None else other)
+    return line.reshape(at.index.shape)
+
+
 def _gather(ref, *index, other):
     """Entries at index arrays; `other` beyond the edges."""
     mask = _all_of(*(x.inside for x in index if isinstance(x, Places)))
@@ -262,13 +271,13 @@ def _scores(job, call, row, head, rows, keys, product):
 
 def _seen(job, call, row, head, rows, keys):
     """Which entries of a tile are visible; nothing beyond the edges is."""
-    low = _gather(call.low, row, rows, other=0)
-    high = _gather(call.high, row, rows, other=0)
+    low = _line(call.low, row, at=rows, other=0)
+    high = _line(call.high, row, at=rows, other=0)
     seen = (keys.index >= low) & (keys.index < high)
     if call.segments is not None:
         q_ids, k_ids = call.segments
-        q_ids = _gather(q_ids, row, rows, other=0)
-        seen &= q_ids == _gather(k_ids, row, keys, other=0)
+        q_ids = _line(q_ids, row, at=rows, other=0)
+        seen &= q_ids == _line(k_ids, row, at=keys, other=0)
     if call.mask is not None:
         index = _own(call.mask, row, head, rows, keys)
         seen &= _gather(call.mask, *index, other=False)
@@ -323,21 +332,21 @@ def _forward_kernel(query, key, value, call, plan, out, logsumexp, *, job):
         product = _dot(job, q, _read(key, row, keys, shared), 1, 1)
         x, unit = _scores(job, call, row, head, rows, keys, product)
         v = _read(value, row, keys, shared)
-        taint = None
+        taint = 0.0
         if not whole:
             seen = _seen(job, call, row, head, rows, keys)
             x = jnp.where(seen, x, -jnp.inf)
             # a value that is not finite concerns the rows that see it, and no other
-            taint = (v.astype(jnp.float32) * 0).sum(1).reshape(1, -1)
-            taint = jnp.where(seen, taint, 0).sum(1)[:, None]
-            v = _finite(v)
+            fine = jnp.abs(v).max(1) < jnp.inf
+            v = jnp.where(fine[:, None], v, 0)
+            taint = jnp.where(seen & ~fine[None], jnp.nan, 0).max(1)
         new_top = jnp.maximum(top, x.max(1) * unit)
         weights = jnp.exp2(x * unit - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         total = shrink * total + weights.sum(1)
         weights = _dropped(job, call, row, head, rows, keys, weights).astype(v.dtype)
-        o = shrink[:, None] * o + _dot(job, weights, v, 1, 0)
-        return o if taint is None else o + taint, new_top, total
+        o = (shrink + taint)[:, None] * o + _dot(job, weights, v, 1, 0)
+        return o, new_top, total
 
     top = jnp.full(cut.q, LEAST, jnp.float32)
     total = jnp.zeros(cut.q, jnp.float32)
@@ -361,23 +370,26 @@ class Statistics(NamedTuple):
     delta: Float[Array, "b n t"]  # rowsum(out d_out) - d_logsumexp
 
 
-def _gradients(job, call, stats, place, product, d_weights, whole):
-    """The weights as the values met them, and the gradient of the scores.
-
-    Their rows lie along either axis; the gradient is the one before scale and bias.
-    """
+def _weights(job, call, stats, place, product, whole):
+    """Weights of a tile anew, with what their gradient needs; rows on either axis."""
     row, head, rows, _ = place
     x, unit = _scores(job, call, *place, product)
-    weights = jnp.exp2(x * unit - _gather(stats.log, row, head, rows, other=jnp.inf))
+    weights = jnp.exp2(x * unit - _line(stats.log, row, head, at=rows, other=jnp.inf))
+    seen = None if whole else _seen(job, call, *place)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0)
+    return weights, x, seen
+
+
+def _d_scores(job, call, stats, place, found, d_weights):
+    """Gradient of the scores, before the scale and after the bias."""
+    (row, head, rows, _), (weights, x, seen) = place, found
     d_weights = _dropped(job, call, *place, d_weights) / _survivors(job, call)
-    delta = _gather(stats.delta, row, head, rows, other=0.0)
+    delta = _line(stats.delta, row, head, at=rows, other=0.0)
     d_scores = weights * (d_weights - delta)
     if job.spec.soft_cap is not None:
         d_scores = d_scores * (1 - x * x)
-    if not whole:
-        seen = _seen(job, call, *place)
-        weights, d_scores = (jnp.where(seen, y, 0) for y in (weights, d_scores))
-    return _dropped(job, call, *place, weights), d_scores
+    return d_scores if seen is None else jnp.where(seen, d_scores, 0)
 
 
 def _queries_kernel(query, key, value, call, plan, stats, d_out, d_query, *, job):
@@ -391,9 +403,10 @@ def _queries_kernel(query, key, value, call, plan, stats, d_out, d_query, *, job
     def visit(j, whole, d_q):
         keys = _places(j, cut.k, s, 1, whole)
         k, v = _read(key, row, keys, shared), _read(value, row, keys, shared)
-        product, d_weights = _dot(job, q, k, 1, 1), _dot(job, d_o, v, 1, 1)
         place = row, head, rows, keys
-        _, d_scores = _gradients(job, call, stats, place, product, d_weights, whole)
+        product, d_weights = _dot(job, q, k, 1, 1), _dot(job, d_o, v, 1, 1)
+        found = _weights(job, call, stats, place, product, whole)
+        d_scores = _d_scores(job, call, stats, place, found, d_weights)
         k = k if whole else _finite(k)
         return d_q + _dot(job, d_scores.astype(k.dtype), k, 1, 0)
 
@@ -418,12 +431,12 @@ def _keys_kernel(query, key, value, call, plan, stats, d_out, d_key, d_value, *,
             d_k, d_v = carry
             rows = _places(i, cut.q, t, 1)
             q, d_o = _read(query, row, rows, head), _read(d_out, row, rows, head)
-            product, d_weights = _dot(job, k, q, 1, 1), _dot(job, v, d_o, 1, 1)
             place = row, head, rows, keys
-            weights, d_scores = _gradients(
-                job, call, stats, place, product, d_weights, whole
-            )
-            d_v = d_v + _dot(job, weights.astype(q.dtype), d_o, 1, 0)
+            found = _weights(job, call, stats, place, _dot(job, k, q, 1, 1), whole)
+            weights = _dropped(job, call, *place, found[0]).astype(q.dtype)
+            d_v = d_v + _dot(job, weights, d_o, 1, 0)
+            d_weights = _dot(job, v, d_o, 1, 1)
+            d_scores = _d_scores(job, call, stats, place, found, d_weights)
             q = q if whole else _finite(q)
             return d_k + _dot(job, d_scores.astype(q.dtype), q, 1, 0), d_v
 
@@ -462,9 +475,10 @@ def _bias_kernel(query, key, value, call, table, stats, d_out, d_bias, *, job):
             rows, keys = _places(i, cut.q, t, 0), _places(j, cut.k, s, 1)
             q, d_o = _read(query, row, rows, head), _read(d_out, row, rows, head)
             k, v = (_read(x, row, keys, lax.div(head, group)) for x in (key, value))
-            products = _dot(job, q, k, 1, 1), _dot(job, d_o, v, 1, 1)
             place = row, head, rows, keys
-            return total + _gradients(job, call, stats, place, *products, False)[1]
+            product, d_weights = _dot(job, q, k, 1, 1), _dot(job, d_o, v, 1, 1)
+            found = _weights(job, call, stats, place, product, False)
+            return total + _d_scores(job, call, stats, place, found, d_weights)
 
         seen = table[*_own(table, row, head), i, j] != tiles.SKIP
         return lax.cond(seen, add, lambda total: total, total)
