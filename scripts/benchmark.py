@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --suite=train --peer=<checkout of karpathy/nanoGPT>
     python scripts/benchmark.py --suite=attention --lengths=512,2048 --widths=64
+    python scripts/benchmark.py --suite=quantize --codes=1024
 
 Prints how many times faster ours is, as a median over rounds with its quartiles.
 --record appends each line to `results/benchmark_<suite>.jsonl` as soon as it is
@@ -16,10 +17,10 @@ from collections.abc import Sequence
 
 from absl import flags
 from narrows.scripts import command, results
-from narrows.scripts.benchmarks import attention, train
+from narrows.scripts.benchmarks import attention, quantize, train
 from rich.console import Console
 
-SUITES = {"attention": attention, "train": train}
+SUITES = {"attention": attention, "quantize": quantize, "train": train}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -163,18 +163,17 @@ def kmeans(
 ) -> CodeState:
     """Codes at the means of x: drawn rows, then Lloyd's steps with revival.
 
-    Rows are drawn by their place in the whole array and means are sums over all of it,
-    so that x may lie over devices. With fewer unmasked rows than codes, rows repeat and
-    the copies are split off.
+    Each row is drawn with a chance in proportion to its squared distance to those drawn
+    before (k-means++, Arthur and Vassilvitskii 2007), by its place in the whole array,
+    and means are sums over all of it: x may lie over devices. With fewer unmasked rows
+    than codes, rows repeat and the copies are split off.
     """
     rules = (ema(0.0), revive(), *((sphere(),) if metric == "cosine" else ()))
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     flat = unit(flat) if metric == "cosine" else flat
     keep = jnp.ones(len(flat)) if mask is None else mask.reshape(-1).astype(jnp.float32)
     flat = jnp.where(keep[:, None] > 0, flat, 0.0)
-    order = jnp.argsort(jnp.where(keep > 0, jax.random.uniform(key, keep.shape), 2.0))
-    drawn = jnp.arange(k) % jnp.maximum(keep.sum(), 1).astype(jnp.int32)
-    state = code_state(flat[order[drawn]], rules)
+    state = code_state(_spread(key, flat, keep, k), rules)
 
     def lloyd(state: CodeState, _):
         index = nearest(flat, state.codes, metric=metric)
@@ -184,6 +183,23 @@ def kmeans(
 
     state = jax.lax.scan(lloyd, state, length=iterations)[0]
     return state._replace(steps=jnp.zeros((), jnp.int32), inner=())
+
+
+def _spread(key, x, keep, k: int) -> Float[Array, "k e"]:
+    """Rows of x far from each other."""
+
+    def draw(i, held):
+        codes, square = held
+        chance = jnp.log(jnp.maximum(square, 1e-30))
+        chance = jnp.where(keep > 0, chance, -jnp.inf)
+        noise = jax.random.gumbel(jax.random.fold_in(key, i), keep.shape)
+        code = x[jnp.argmax(chance + noise)]
+        square = jnp.minimum(square, jnp.sum((x - code) ** 2, -1))
+        return codes.at[i].set(code), square
+
+    far = jnp.full_like(keep, 1e30)  # from nothing: the first is drawn evenly
+    start = jnp.zeros((k, x.shape[-1]), jnp.float32), far
+    return jax.lax.fori_loop(0, k, draw, start)[0]
 
 
 def _averages(state: CodeState, sums: CodeSums, decay: float) -> CodeState:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from narrows.models.bottleneck import Bottleneck, Waist
+from narrows.models.quantize.table import QUANTIZERS
 from narrows.models.waists import WAISTS, make_waist
 
 WIDTH = 8
-OPTIONS = {"codebook": {"codes": 16, "code_width": 4, "window": 2}}
+OPTIONS: dict[str, dict] = {
+    **{name: {"codes": 16, "window": 2} for name in QUANTIZERS},
+    "codebook": {"codes": 16, "code_width": 4, "window": 2},
+}
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, WIDTH)), jnp.float32)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)

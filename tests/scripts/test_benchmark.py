@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from narrows.scripts import benchmark
-from narrows.scripts.benchmarks import attention, timing, train
+from narrows.scripts.benchmarks import attention, quantize, timing, train
 from rich.console import Console
 
 
@@ -74,3 +74,21 @@ def test_operations_count_the_visible_scores():
             ids = np.asarray(problem.ids)
             seen &= ids[:, :, None] == ids[:, None]
         assert attention.visible_scores(problem) == 2 * seen.sum()
+
+
+def test_the_quantize_suite_runs_ours_alone_and_beside_its_peer(tmp_path, capsys):
+    arguments = ["benchmark", "--suite=quantize", "--rounds=2", "--calls=1"]
+    size = ["--quantizers=vq,fsq", "--codes=16", "--rows=32", "--code_width=4"]
+    record = ["--memory_codes=0", "--record", f"--results_dir={tmp_path}"]
+    assert benchmark.main([*arguments, *size, *record]) == 0
+    text = (tmp_path / "benchmark_quantize.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["name"] for line in lines] == ["vq", "fsq"]
+    assert all(line["seconds_cpu"] > 0 for line in lines)
+    peers = ["peer_over_ours_cpu" in line for line in lines]
+    assert all(peers) or "no peer: pip install" in capsys.readouterr().out
+
+
+def test_a_step_of_ours_needs_a_fraction_of_the_distances():
+    _, temporary = quantize.our_step("vq", codes=8192, rows=512, width=8)
+    assert temporary < 4 * 8192 * 512 / 8
