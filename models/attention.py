@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ..parallel.layout import BATCH, on_each_device
-from .kernels.attention import attention
+from .kernels.attention import attention, decode_attention
 from .linear import dot_general
 
 HEADS = (BATCH, None, "tensor", None)  # [b, t, n, h]
@@ -115,14 +115,15 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.keys, key, start),
                 jax.lax.dynamic_update_slice(cache.values, value, start),
             )
-            mixed = attention(
-                query,
-                cache.keys,
-                cache.values,
-                is_causal=True,
-                query_offset=length,
-            )
+            mixed = self._continue(query, cache, length)
         return self.out(mixed), cache
+
+    def _continue(self, query, cache, length):
+        """Attend to all that the cache holds, the new positions last."""
+        if query.shape[1] == 1:
+            held = 1 if length is None else length + 1
+            return decode_attention(query, *cache, key_value_seq_lengths=held)
+        return attention(query, *cache, is_causal=True, query_offset=length)
 
     def _attend(self, query, key, value, segment_ids):
         if segment_ids is None:

@@ -20,10 +20,8 @@ IMPLEMENTATIONS = {
     "reference": ("cpu", "cuda", "rocm", "tpu"),
 }
 
-# Scores of one head below which the plain form is faster on CPUs (measured), and
-# bytes of scores above which it takes too much memory anywhere.
-FEW_SCORES = 64 * 64
-MANY_BYTES = 2**30
+# Length up to which the plain form is faster on CPUs (measured).
+SHORT = 64
 
 
 def attention(
@@ -98,12 +96,12 @@ def attention(
         query, key, value = query[None], key[None], value[None]
         if segment_ids is not None:
             segment_ids = jax.tree.map(lambda ids: jnp.asarray(ids)[None], segment_ids)
-    _check_operands(query, key, value)
+    check_operands(query, key, value)
     (b, t, n, h), s = query.shape, key.shape[1]
     sees = mask if callable(mask) else None
     spec = Spec(
         h**-0.5 if scale is None else float(scale),
-        None if soft_cap is None else _positive("soft_cap", soft_cap),
+        None if soft_cap is None else positive("soft_cap", soft_cap),
         _rate(dropout_rate, dropout_key),
         (mask.rows, mask.keys) if isinstance(mask, Blocks) else None,
         sees,
@@ -121,25 +119,25 @@ def attention(
         low,
         high,
         _pair(segment_ids, b, t, s),
-        _over("mask", dense, (b, n, t, s)),
+        over("mask", dense, (b, n, t, s)),
         mask.over(b, n, t, s) if isinstance(mask, Blocks) else None,
-        _over("bias", bias, (b, n, t, s)),
-        _sinks(sinks, n),
+        over("bias", bias, (b, n, t, s)),
+        sinks_of(sinks, n),
         _words(dropout_key) if spec.dropout_rate else None,
     )
     if not query.size or not s or not value.size:
-        out, logs = _nothing(query, value, call)
+        out, logs = nothing(query, value, call)
     else:
-        out, logs = _serve(implementation, query, key, value, call, spec)
+        out, logs = serve(implementation, query, key, value, call, spec)
     out = out.reshape(*shape, value.shape[-1])
     return (out, logs.reshape(shape)) if return_residual else out
 
 
-def _serve(implementation, *operands):
+def serve(implementation, *operands):
     if implementation is not None:
         return _form(implementation)(*operands)
     refusals = []
-    for name in _order(*operands):
+    for name in _order(*operands[:2]):
         try:
             return _form(name)(*operands)
         except NotImplementedError as refusal:
@@ -160,8 +158,8 @@ def _form(name):
     return getattr(module, name)
 
 
-def _order(query, key, value, call, spec):
-    """The names to try, best first, for the default backend and these sizes."""
+def _order(query, key):
+    """The names to try, best first, for the default backend and these lengths."""
     device = jax.devices()[0]
     platform, generation = device.platform, getattr(device, "compute_capability", "")
     if platform == "gpu":
@@ -169,11 +167,8 @@ def _order(query, key, value, call, spec):
     names = [name for name, on in IMPLEMENTATIONS.items() if platform in on]
     if "hopper" in names and not str(generation).startswith("9."):
         names.remove("hopper")
-    (b, t, n, _), s = query.shape, key.shape[1]
-    few = t == 1 or t * s <= FEW_SCORES
-    if platform == "cpu" and few and 4 * b * n * t * s <= MANY_BYTES:
-        names.remove("reference")
-        names.insert(0, "reference")
+    if platform == "cpu" and max(query.shape[1], key.shape[1]) <= SHORT:
+        names.reverse()
     return names
 
 
@@ -217,7 +212,7 @@ def _lengths(name, lengths, b):
     return lengths.astype(jnp.int32)
 
 
-def _over(name, x, sizes):
+def over(name, x, sizes):
     """A mask or bias with four axes, each of them 1 or the size of the scores'."""
     if x is None:
         return None
@@ -251,7 +246,7 @@ def _pair(segment_ids, b, t, s):
     return pair
 
 
-def _sinks(sinks, n):
+def sinks_of(sinks, n):
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)
@@ -263,7 +258,7 @@ def _sinks(sinks, n):
     return sinks
 
 
-def _positive(name, number):
+def positive(name, number):
     if not number > 0:
         raise ValueError(f"{name} is {number}; it must be positive, or None")
     return float(number)
@@ -286,7 +281,7 @@ def _words(key):
     return words if words.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
 
 
-def _nothing(query, value, call):
+def nothing(query, value, call):
     """No query asks or no key is there: zeros, and the sinks' own logarithms."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logs = jnp.full(query.shape[:3], -jnp.inf, wide)
@@ -295,7 +290,7 @@ def _nothing(query, value, call):
     return jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype), logs
 
 
-def _check_operands(query, key, value):
+def check_operands(query, key, value):
     shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
     if (
         not query.ndim == key.ndim == value.ndim == 4

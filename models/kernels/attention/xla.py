@@ -22,9 +22,11 @@ from jaxtyping import Array, Float, Int
 from . import dropout, tiles
 from .call import Call, Spec
 
-# A block of scores is block x block; measured on CPUs with 0.5 to 1 MB of
-# second-level cache, head width 64: 64 is best up to length 512, 128 beyond.
-SHORT, SMALL_BLOCK, LARGE_BLOCK = 512, 64, 128
+# A block of scores is block x block. The first length that each pair of blocks (of the
+# forward and the backward pass) is for, measured on CPUs with 0.5 to 1 MB of
+# second-level cache and heads of 64.
+BLOCKS = ((0, (64, 64)), (129, (128, 128)), (2048, (128, 256)))
+FEW_ROWS, MANY_KEYS = 32, (512, 512)  # rows of which a block is so small, as decoding's
 
 
 def xla(
@@ -39,16 +41,16 @@ def xla(
     Scores, softmax and sums are float32 (float64 if that comes in); weights enter
     the second product in the value's dtype. Takes every call.
     """
-    longest = max(query.shape[1], key.shape[1])
-    return blockwise(
-        query, key, value, call, spec, SMALL_BLOCK if longest <= SHORT else LARGE_BLOCK
-    )
+    t, s = query.shape[1], key.shape[1]
+    blocks = [pair for first, pair in BLOCKS if first <= max(t, s)][-1]
+    blocks = MANY_KEYS if t <= FEW_ROWS else blocks
+    return blockwise(query, key, value, call, spec, blocks)
 
 
-def blockwise(query, key, value, call, spec, block) -> Any:
-    """`xla` with blocks of a given size."""
-    grid = Grid(query.shape[1], key.shape[1], block)
-    return _attend((spec, grid), query, key, value, call, _plan(call, spec, grid))
+def blockwise(query, key, value, call, spec, blocks: tuple[int, int]) -> Any:
+    """`xla` with blocks of given sizes, forward and backward."""
+    grids = [Grid(query.shape[1], key.shape[1], block) for block in blocks]
+    return _attend((spec, *grids), query, key, value, call)
 
 
 class Grid(NamedTuple):
@@ -227,18 +229,20 @@ class Head(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, query, key, value, call, plan):
-    return _forward(static, query, key, value, call, plan)[0]
+def _attend(static, query, key, value, call):
+    return _forward(static, query, key, value, call)[0]
 
 
-def _forward(static, query, key, value, call, plan):
+def _forward(static, query, key, value, call):
+    spec, grid, _ = static
+    plan = _plan(call, spec, grid)
     (b, t, n, _), width = query.shape, value.shape[-1]
     group = n // key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
     def one_head(index, carry):
         row, head = index // n, index % n
-        at = Head(*static, call, plan, row, head)
+        at = Head(spec, grid, call, plan, row, head)
         q = _head(query, row, head)
         k, v = _head(key, row, head // group), _head(value, row, head // group)
         return _forward_head(at, q, k, v, *carry)
@@ -246,11 +250,13 @@ def _forward(static, query, key, value, call, plan):
     start = _zeros_like(query, (b, t, n, width)), _zeros_like(query, (b, n, t), wide)
     out, logsumexp = lax.fori_loop(0, b * n, one_head, start)
     results = out, logsumexp.swapaxes(1, 2)
-    return results, (query, key, value, call, plan, out, logsumexp)
+    return results, (query, key, value, call, out, logsumexp)
 
 
 def _backward(static, saved, cotangents):
-    query, key, value, call, plan, out, logsumexp = saved
+    query, key, value, call, out, logsumexp = saved
+    spec, _, grid = static
+    plan = _plan(call, spec, grid)
     d_out, d_logs = cotangents[0], cotangents[1].swapaxes(1, 2)
     b, _, n, _ = query.shape
     group = n // key.shape[2]
@@ -265,7 +271,7 @@ def _backward(static, saved, cotangents):
     def one_head(index, carry):
         d_query, d_key, d_value, d_bias = carry
         row, head = index // n, index % n
-        at = Head(*static, call, plan, row, head)
+        at = Head(spec, grid, call, plan, row, head)
         d_q, d_k, d_v, d_bias = _backward_head(
             at,
             [_head(x, row, head) for x in (query, d_out)],
@@ -289,7 +295,7 @@ def _backward(static, saved, cotangents):
         None if call.bias is None else _zeros_like(query, call.bias.shape, wide),
     )
     d_query, d_key, d_value, d_bias = lax.fori_loop(0, b * n, one_head, start)
-    d_key = d_key * _split(static[0].scale, query.dtype)[1]
+    d_key = d_key * _split(spec.scale, query.dtype)[1]
     d_call = Call(None, None)  # pyright: ignore[reportArgumentType]
     if call.bias is not None:
         d_call = d_call._replace(bias=d_bias.astype(call.bias.dtype))
@@ -298,7 +304,7 @@ def _backward(static, saved, cotangents):
         d_sinks = -(weight * dots).sum((0, 2))
         d_call = d_call._replace(sinks=d_sinks.astype(call.sinks.dtype))
     d_key, d_value = d_key.astype(key.dtype), d_value.astype(value.dtype)
-    return d_query, d_key, d_value, d_call, None
+    return d_query, d_key, d_value, d_call
 
 
 _attend.defvjp(_forward, _backward)
@@ -361,10 +367,10 @@ def _forward_head(at, q, k, v, outs, logs):
 
 
 def _backward_head(at, queries, keys, statistics, summed, d_bias):
-    """Gradients of one head; the scores lie transposed, [k, q].
+    """Gradients of one head; the scores lie transposed, [k, q], and so does d_q_i.
 
-    So three of the five products contract rows with columns, which is the fast
-    order on CPUs, and the row statistics broadcast along the fast axis.
+    So no large left operand is contracted over its rows, which is slow on CPUs, and
+    the row statistics broadcast along the fast axis.
     """
     (q, d_out), (k, v), (logsumexp, dots) = queries, keys, statistics
     wide = logsumexp.dtype
@@ -402,11 +408,11 @@ def _backward_head(at, queries, keys, statistics, summed, d_bias):
             d_scores = d_scores.astype(q.dtype)
             d_v = _add(d_v, _dot(weights, d_out_c, 1, 0), at.grid.key(j))
             d_k = _add(d_k, _dot(d_scores, q_c, 1, 0), at.grid.key(j))
-            return d_q_i + _dot(d_scores, k_j, 0, 0), d_k, d_v, d_bias
+            return d_q_i + _dot(k_j, d_scores, 0, 0), d_k, d_v, d_bias
 
-        start = _zeros_like(q, q_i.shape, wide), d_k, d_v, d_bias
+        start = _zeros_like(q, q_i.shape[::-1], wide), d_k, d_v, d_bias
         d_q_i, d_k, d_v, d_bias = at.visit(i, tile, start)
-        d_q = _add(d_q, at.spec.scale * d_q_i, at.grid.row(i))
+        d_q = _add(d_q, at.spec.scale * d_q_i.T, at.grid.row(i))
         return d_q, d_k, d_v, d_bias
 
     start = (_zeros_like(q, q.shape, wide), *summed, d_bias)
