@@ -1,8 +1,11 @@
 """Tests run on 8 simulated CPU devices unless the environment names a platform."""
 
 import contextlib
+import functools
 import os
 import pathlib
+import sys
+import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests cost, so programs are kept from run to run, and
@@ -26,11 +29,23 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow tests")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """A worker for each core at hand, up to 8; none for one core or a single file."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    files = len(config.args) > 1 or pathlib.Path(config.args[0].split("::")[0]).is_dir()
+    return min(cores, 8) if files and cores and cores > 1 else 0
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
+    root = pathlib.Path(__file__).parent
     for item in items:
-        if "slow" in item.keywords:
+        # One worker runs what shares what is made once: a file, all of the scripts.
+        path = item.path.relative_to(root)
+        group = path.parts[0] if path.parts[0] == "scripts" else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="minutes long: give --slow"))
 
 
@@ -58,22 +73,16 @@ def _quickly():
     import jax
     from narrows.parallel import step
 
-    class Quick(step.Program):
-        def __init__(self, function, mesh, donate=()):
-            super().__init__(function, mesh, donate)
-            self.jitted = jax.jit(
-                function, donate_argnums=tuple(donate), compiler_options=QUICK
-            )
-
-    name = "jax_disable_most_optimizations"  # of all else
-    before = jax.config.read(name), step.Program
-    jax.config.update(name, True)
-    step.Program = Quick
-    try:
-        yield
-    finally:
-        jax.config.update(name, before[0])
-        step.Program = before[1]
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
+    name = "jax_disable_most_optimizations"  # of all that is not compiled by the step
+    before = jax.config.read(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "jax", types.SimpleNamespace(**(vars(jax) | {"jit": jit})))
+        jax.config.update(name, True)
+        try:
+            yield
+        finally:
+            jax.config.update(name, before)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +92,14 @@ def quickly():
     The few bits that only optimized code keeps are those of a NaN in half precision.
     """
     return _quickly
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """jax.jit for programs that run once: compiling is all they cost."""
+    import jax
+
+    return functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pkgutil
 import narrows
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(narrows.__path__, "narrows.")

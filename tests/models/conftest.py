@@ -1,6 +1,5 @@
 """Small models whose every parameter matters, made without compiling an initialiser."""
 
-import functools
 from typing import Any
 
 import jax
@@ -53,13 +52,3 @@ def small_model():
         return nnx.merge(graph, filled)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def quick_jit():
-    """jax.jit for programs that run once: compiling is all they cost."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    return functools.partial(jax.jit, compiler_options=options)

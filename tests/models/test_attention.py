@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from narrows.models.attention import Attention, rotate, turns
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 16)), jnp.float32)
 POSITIONS = jnp.broadcast_to(jnp.arange(6), (2, 6))

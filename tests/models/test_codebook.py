@@ -9,14 +9,10 @@ import pytest
 from flax import nnx
 from narrows.models.codebook import Codebook, CodeSums, nearest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, CODES, CODE_WIDTH, WINDOW = 8, 64, 4, 3
 STILL = {"revive": 0.0, "decay": 0.8}
 X = jnp.asarray(np.random.default_rng(0).normal(size=(64, WIDTH)), jnp.float32)
-
-
-# Every program here runs a few times at most: compiling is all that it costs.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
@@ -27,7 +23,7 @@ def parts(**options):
         return Codebook(WIDTH, rngs=nnx.Rngs(0), **(sizes | options))
 
     graph = nnx.graphdef(nnx.eval_shape(make))
-    return graph, quick_jit(lambda: nnx.as_pure(nnx.state(make())))()
+    return graph, jax.jit(lambda: nnx.as_pure(nnx.state(make())))()
 
 
 def book(**options) -> Codebook:
@@ -35,12 +31,12 @@ def book(**options) -> Codebook:
     return nnx.merge(*parts(**options))
 
 
-@quick_jit
+@jax.jit
 def send(layer, x, mask=None):
     return layer(x, mask)
 
 
-@quick_jit
+@jax.jit
 def learned(layer, stats):
     said = layer.update(stats)
     return said, nnx.as_pure(nnx.state(layer))
@@ -97,7 +93,7 @@ def test_gradients_go_straight_through():
     """d z / d x is that of the linear path x -> W_out e(x), codes left out."""
     layer = book()
     weigh = jnp.asarray(np.random.default_rng(2).normal(size=X.shape), jnp.float32)
-    gradient = quick_jit(
+    gradient = jax.jit(
         lambda x: (
             jax.grad(lambda x: jnp.sum(weigh * layer(x).z))(x),
             jax.grad(lambda x: jnp.sum(weigh * layer.outward(layer._inward(x))))(x),
@@ -114,7 +110,7 @@ def test_the_loss_is_the_mean_squared_distance_and_pulls_the_input_alone():
     np.testing.assert_allclose(
         waist.loss, jnp.mean(jnp.sum((e - chosen) ** 2, -1)), rtol=1e-6
     )
-    pull = quick_jit(jax.grad(lambda layer: layer(X).loss, allow_int=True))(layer)
+    pull = jax.jit(jax.grad(lambda layer: layer(X).loss, allow_int=True))(layer)
     assert jnp.any(pull.inward.kernel[...] != 0)
     assert jnp.all(pull.outward.kernel[...] == 0)
     assert jnp.all(pull.average[...] == 0)  # codes follow averages, not gradients

@@ -1,13 +1,12 @@
 """Sampling: the cache changes nothing, and every option keeps what it says."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from narrows.models.generate import _generate, generate, sample_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPT = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 5)), jnp.int32)
 CONFIGS = {
     "llama": {"kv_heads": 1, "qk_norm": True},
@@ -21,11 +20,7 @@ CONFIGS = {
 }
 DRAWS = 20_000
 LOGITS = jnp.asarray([2.0, 0.5, 1.9, -1.0, 1.0, -3.0])
-sample = functools.partial(
-    jax.jit,
-    static_argnames="top_k",
-    compiler_options={"xla_backend_optimization_level": 0},
-)(sample_logits)
+sample = jax.jit(sample_logits, static_argnames="top_k")
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))

@@ -8,6 +8,7 @@ import pytest
 from narrows.models.language_model import model_parts, token_nats
 from narrows.models.transformer import TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 CONFIG = TransformerConfig(vocab_size=32, depth=2, width=32, heads=2)
 OPTIONS = {"codes": 16, "code_width": 4}

@@ -15,6 +15,7 @@ from narrows.models.transformer import (
 )
 from narrows.parallel.rules import name_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
 MASK = jnp.asarray(np.arange(12) < np.array([[12], [8]]))
 
@@ -59,6 +60,12 @@ def test_names_and_shapes_depend_on_neither_scan_nor_waist_position(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     assert {name_of(path): leaf.shape for path, leaf in leaves} == NAMES
     assert all(leaf.dtype == jnp.float32 for _, leaf in leaves)
+
+
+@pytest.fixture(scope="module")
+def outputs(quick_jit):
+    """`outputs(model, tokens, ...)`: a call of a model, compiled."""
+    return quick_jit(lambda model, *args, **options: model(*args, **options))
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +130,13 @@ def test_a_scanned_trunk_does_not_grow_with_depth(small_model):
     assert products() < products(depth=4)
 
 
-def test_bfloat16_computes_near_float32_and_returns_float32_logits(small_model):
+def test_bfloat16_computes_near_float32_and_returns_float32_logits(
+    small_model, outputs
+):
     """2^-8 of rounding at each of about ten roundings on the way to a logit."""
-    exact = small_model()(TOKENS).logits
+    exact = outputs(small_model(), TOKENS).logits
     model = small_model(dtype=jnp.bfloat16)
-    out = model(TOKENS)
+    out = outputs(model, TOKENS)
     assert out.logits.dtype == jnp.float32
     assert out.waist.z.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params_of(model))} == {
@@ -138,10 +147,10 @@ def test_bfloat16_computes_near_float32_and_returns_float32_logits(small_model):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_only_an_encoder_sees_what_comes_later(small_model, causal):
+def test_only_an_encoder_sees_what_comes_later(small_model, outputs, causal):
     model = small_model(causal=causal)
-    before = model(TOKENS).logits
-    after = model(TOKENS.at[:, 7].add(1)).logits
+    before = outputs(model, TOKENS).logits
+    after = outputs(model, TOKENS.at[:, 7].add(1)).logits
     same = jnp.all(before == after, axis=-1)
     assert same[:, :7].all() == causal
     assert not same[:, 7:].any()
@@ -149,12 +158,12 @@ def test_only_an_encoder_sees_what_comes_later(small_model, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("garbage", [3, -1, 10**6])
-def test_masked_tokens_change_nothing_elsewhere(small_model, causal, garbage):
+def test_masked_tokens_change_nothing_elsewhere(small_model, outputs, causal, garbage):
     """Not even tokens outside the vocabulary, which would embed as NaN."""
     model = small_model("codebook", causal=causal)
     holes = MASK.at[0, 3].set(False)
-    one = model(TOKENS, mask=holes)
-    two = model(jnp.where(holes, TOKENS, garbage), mask=holes)
+    one = outputs(model, TOKENS, mask=holes)
+    two = outputs(model, jnp.where(holes, TOKENS, garbage), mask=holes)
     assert jnp.all(jnp.isfinite(one.logits[holes]))
     assert jnp.array_equal(one.logits[holes], two.logits[holes])
     for a, b in zip(
@@ -167,27 +176,31 @@ def test_masked_tokens_change_nothing_elsewhere(small_model, causal, garbage):
 
 
 @pytest.mark.parametrize("position", ["rotary", "learned"])
-def test_packed_documents_and_padding_equal_documents_alone(small_model, position):
+def test_packed_documents_and_padding_equal_documents_alone(
+    small_model, outputs, position
+):
     model = small_model("codebook", position=position, causal=False)
     late = jnp.asarray(np.arange(12) >= 6)
-    packed = model(
+    packed = outputs(
+        model,
         TOKENS,
         segment_ids=jnp.stack([late, late & False]).astype(jnp.int32),
         mask=jnp.stack([late | True, ~late]),
     )
-    alone = model(TOKENS.reshape(4, 6))
+    alone = outputs(model, TOKENS.reshape(4, 6))
     got = packed.logits.reshape(4, 6, -1)
     np.testing.assert_allclose(got[:3], alone.logits[:3], atol=2e-5)
     assert jnp.abs(got[3] - alone.logits[3]).max() > 0.1  # that was the padding
 
 
-def test_the_waist_lies_where_it_was_put(small_model):
+def test_the_waist_lies_where_it_was_put(small_model, outputs):
     """Before the first block codes know their token alone; after the last, logits know
     their code alone."""
     first = small_model("codebook", 0)
-    changed = first(TOKENS.at[:, 4].add(1)).waist.codes != first(TOKENS).waist.codes
+    moved = outputs(first, TOKENS.at[:, 4].add(1)).waist.codes
+    changed = moved != outputs(first, TOKENS).waist.codes
     assert not changed[:, np.arange(12) != 4].any()
-    out = small_model("codebook", 2)(TOKENS)
+    out = outputs(small_model("codebook", 2), TOKENS)
     codes, logits = np.asarray(out.waist.codes).ravel(), out.logits.reshape(24, -1)
     used = np.unique(codes)
     assert 1 < len(used) < 24

@@ -219,14 +219,9 @@ def test_a_step_moves_what_its_layout_needs(trained, layout, waist):
 def test_creation_gives_every_layout_the_same_bits_in_shards(quick_compilation):
     """And no device ever holds more than its shards."""
     parts = model_parts(CONFIG, "codebook", waist_options=WAISTS["codebook"])
-
-    def make(text):
-        layout = Layout.parse(text)
-        mesh = make_mesh(layout, jax.devices()[: layout.size])
-        target = abstract_state(parts.init, TX, 3, mesh)
-        return create_state(parts.init, TX, 3, mesh), target
-
-    (one, _), (many, target) = make("data=1"), make("data=2,fsdp=2,tensor=2")
+    mesh = make_mesh(Layout(data=2, fsdp=2, tensor=2))
+    target = abstract_state(parts.init, TX, 0, mesh)
+    one, many = created("codebook"), create_state(parts.init, TX, 0, mesh)
 
     def check(a, b, wanted):
         assert a.dtype == b.dtype == wanted.dtype

@@ -8,6 +8,8 @@ from narrows.scripts import benchmark
 from narrows.scripts.benchmarks import attention, quantize, timing, train
 from rich.console import Console
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_a_ratio_is_taken_within_its_round():
     """The machine slows down fourfold half way: the ratio does not notice."""
