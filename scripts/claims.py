@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from narrows.scripts import reproductions
-from scipy import stats
+from scipy import special
 
 SCALES = ("quick", "full", "paper")  # 2 minutes, 30 minutes, as long as it takes
 CONFIDENCE = 0.95  # of every interval, two-sided
@@ -224,7 +224,8 @@ def _interval(x: np.ndarray) -> tuple[float, float]:
     """t interval of the mean; (nan, nan), which fails every bound, for n < 2."""
     if x.size < 2:
         return np.nan, np.nan
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, x.size - 1) * x.std(ddof=1) / x.size**0.5
+    quantile = special.stdtrit(x.size - 1, (1 + CONFIDENCE) / 2)  # of Student's t
+    half = quantile * x.std(ddof=1) / x.size**0.5
     return float(x.mean() - half), float(x.mean() + half)
 
 

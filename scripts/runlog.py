@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 
 
 class RunLog:
     """Appends rows; made on process 0 only."""
 
     def __init__(self, workdir: pathlib.Path, *, step: int):
+        # Not above: it imports torch where there is one, seconds even for --help.
+        from tensorboardX import SummaryWriter
+
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
