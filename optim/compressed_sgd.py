@@ -15,8 +15,17 @@ import optax
 from jaxtyping import Array, Int
 
 from ..parallel.state import PerWorkerMean, replicate
-from .compressed_mean import CompressedMean, MeanState, Topology, Way, compressed_mean
+from .compressed_mean import (
+    PLAIN,
+    CompressedMean,
+    MeanState,
+    Topology,
+    Way,
+    compressed_mean,
+)
 from .quantizers import blocks
+
+FOUR_BITS = Way("feedback", blocks(4, block=32))
 
 
 class ExchangeState(NamedTuple):
@@ -30,11 +39,11 @@ def exchange(mean: CompressedMean, *, seed: int = 0) -> optax.GradientTransforma
     def init(params):
         return ExchangeState(jnp.int32(0), mean.init(params))
 
-    def update(updates, state: ExchangeState, params=None):
+    def update(updates, state: Any, params=None):
         del params
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         updates, new = mean.mean(updates, state.mean, key)
-        return updates, ExchangeState(optax.safe_increment(state.count), new)
+        return updates, ExchangeState(state.count + 1, new)
 
     return optax.GradientTransformation(init, update)
 
@@ -51,7 +60,7 @@ def per_worker(
     def init(params):
         return replicate(PerWorkerMean(tx.init(params)), workers)
 
-    def update(updates, state: PerWorkerMean, params=None):
+    def update(updates, state: Any, params=None):
         updates, new = tx.update(updates, state.per_worker_mean, params)
         return updates, PerWorkerMean(new)
 
@@ -65,7 +74,7 @@ def compressed_sgd(
     axis_name: str = "data",
     momentum: float = 0.9,
     average: float = 0.0,
-    up: Way | None = None,
+    up: Way = FOUR_BITS,
     down: Way | None = None,
     topology: Topology = "two_phase",
 ) -> optax.GradientTransformation:
@@ -78,12 +87,10 @@ def compressed_sgd(
     >>> len(tx.init(jnp.zeros(3)))
     4
     """
-    four_bits: Any = Way("feedback", blocks(4, block=32))
-    ways: dict[str, Any] = {"down": down or four_bits}
-    if topology != "two_phase":
-        ways = {} if down is None else {"down": down}
+    if down is None:
+        down = FOUR_BITS if topology == "two_phase" else PLAIN
     mean = compressed_mean(
-        up or four_bits, workers=workers, axis_name=axis_name, topology=topology, **ways
+        up, down, workers=workers, axis_name=axis_name, topology=topology
     )
     return optax.chain(
         per_worker(optax.ema(average, debias=False), workers=workers)

@@ -61,7 +61,7 @@ def scale_by_one_bit_adam(
     the first. freeze_step, tolerance, earliest: see `switch.look`.
     """
     mean = compressed_mean(up, down, workers=workers, axis_name=axis_name)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def init(params):
         said = {"compressed": jnp.float32(0), "frozen_at": jnp.float32(-1)}
@@ -112,7 +112,7 @@ def scale_by_one_bit_adam(
         moments = moments._replace(count=count, mu=found)
         return updates, state._replace(adam=moments, mean=mean_state)
 
-    def update(grads, state: OneBitAdamState, params=None):
+    def update(grads, state: Any, params=None):
         del params
         frozen = is_frozen(state.switch)
         updates, state = lax.cond(frozen, compressed, warm, grads, state)

@@ -69,7 +69,7 @@ def one_bit_lamb(
     >>> tx = one_bit_lamb(1e-2, workers=8, freeze_step=100)
     """
     mean = compressed_mean(up, down, workers=workers, axis_name=axis_name)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     decay = optax.add_decayed_weights(weight_decay, mask=mask)
     lowest, highest = ratio_range
 
@@ -157,7 +157,7 @@ def one_bit_lamb(
             adam=moments, fresh=fresh, factor=factor, mean=mean_state
         )
 
-    def update(grads, state: OneBitLambState, params=None):
+    def update(grads, state: Any, params=None):
         if params is None:
             raise ValueError("params is missing: call update(grads, state, params)")
         frozen = is_frozen(state.switch)

@@ -9,7 +9,11 @@ from collections.abc import Callable
 import jax
 import optax
 
+from .compressed_mean import compressed_mean
+from .compressed_sgd import FOUR_BITS, exchange
 from .one_bit_adam import one_bit_adam
+from .one_bit_lamb import one_bit_lamb
+from .zero_one_adam import zero_one_adam
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda rate, decay, mask: optax.adamw(
@@ -20,10 +24,50 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     ),
 }
 
+
+def _zero_one_adam(rate, decay, mask, *, workers, clip, freeze_step, earliest):
+    """Clips every worker's own gradient: no other exists between refreshes."""
+    del earliest
+    if freeze_step is None:
+        raise ValueError(
+            "freeze_step: missing, but zero_one_adam refreshes its second moment too "
+            "rarely to see it settle; give the number of updates"
+        )
+    tx = zero_one_adam(
+        rate,
+        workers=workers,
+        freeze_step=freeze_step,
+        b2=0.99,
+        weight_decay=decay,
+        mask=mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(clip), tx)
+
+
+def _compressed_sgd(rate, decay, mask, *, workers, clip, freeze_step, earliest):
+    """Clips the mean; decay joins it there too, as in "sgd"."""
+    del earliest
+    if freeze_step is not None:
+        raise ValueError(
+            f"freeze_step: {freeze_step}, but compressed_sgd has no second moment"
+        )
+    return optax.chain(
+        exchange(compressed_mean(FOUR_BITS, FOUR_BITS, workers=workers)),
+        optax.clip_by_global_norm(clip),
+        optax.add_decayed_weights(decay, mask=mask),
+        optax.sgd(rate, momentum=0.9),
+    )
+
+
 LOCAL: dict[str, Callable[..., optax.GradientTransformation]] = {
     "one_bit_adam": lambda rate, decay, mask, **options: one_bit_adam(
         rate, b1=0.9, b2=0.99, weight_decay=decay, mask=mask, **options
     ),
+    "one_bit_lamb": lambda rate, decay, mask, **options: one_bit_lamb(
+        rate, b2=0.99, weight_decay=decay, mask=mask, **options
+    ),
+    "zero_one_adam": _zero_one_adam,
+    "compressed_sgd": _compressed_sgd,
 }
 
 

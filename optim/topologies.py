@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     dimension: int | None
-    chunk: tuple[int, int]  # (rows, width)
+    chunk: tuple[int, ...]  # (rows, width)
     shard: tuple[int, ...]  # the chunk as it is cut: a part of the leaf, or `chunk`
     up: Link
     down: Link

@@ -174,7 +174,7 @@ def zero_one_adam(
             mean=mean_state,
         )
 
-    def update(grads, state: ZeroOneAdamState, params=None):
+    def update(grads, state: Any, params=None):
         if params is None:
             raise ValueError("params is missing: call update(grads, state, params)")
         frozen = is_frozen(state.switch)

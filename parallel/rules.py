@@ -91,9 +91,9 @@ def shardings(tree, mesh: Mesh, rules: Sequence[Rule] = TRANSFORMER):
 def follow(tree, params, placed):
     """Shardings of optimizer state: a leaf goes with the parameter that ends its name.
 
-    `placed` holds the shardings of `params`. Scalars are whole, and per-worker state
-    lies over data. Raises ValueError for an array that is no parameter's: its place
-    must be stated, not guessed.
+    `placed` holds the shardings of `params`. Scalars are whole. Per-worker state has
+    its first dimension over data, and the others as its parameter's if it has one.
+    Raises ValueError for any other array: its place must be stated, not guessed.
     """
     shapes = jax.tree_util.tree_leaves_with_path(params)
     places = jax.tree.leaves(placed)
@@ -104,15 +104,18 @@ def follow(tree, params, placed):
     whole = NamedSharding(places[0].mesh, P())
 
     def find(path, x):
-        if rule_of(path):
+        owned = rule_of(path) is not None
+        wanted = x.shape[1:] if owned else x.shape
+        parts = name_of(path).split("/")
+        for start in range(len(parts) if wanted else 0):
+            shape, place = known.get("/".join(parts[start:]), (None, None))
+            if shape == wanted and place is not None:
+                mine = P("data", *place.spec)
+                return NamedSharding(whole.mesh, mine) if owned else place
+        if owned:
             return NamedSharding(whole.mesh, P("data"))
         if not x.shape:
             return whole
-        parts = name_of(path).split("/")
-        for start in range(len(parts)):
-            shape, place = known.get("/".join(parts[start:]), (None, None))
-            if shape == x.shape:
-                return place
         raise ValueError(
             f"rules: optimizer state {name_of(path)} {x.shape} has the name and shape "
             "of no parameter, so its place on the mesh is unknown"

@@ -33,10 +33,10 @@ def optimizer_of(f: flags.FlagValues, width: int, layout: Layout) -> Chosen:
     warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
     schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
     local = f.optimizer in LOCAL
-    if local and layout.size != layout.data:
+    if local and layout.data == 1 < layout.size:
         raise ValueError(
-            f"mesh: {layout}, but {f.optimizer} exchanges whole gradients over data "
-            f"alone; take --mesh=data={layout.size} or another --optimizer"
+            f"mesh: {layout}, but {f.optimizer} compresses what goes over data, which "
+            "is one device here; give data some, or take another --optimizer"
         )
     tx = make_optimizer(
         f.optimizer,

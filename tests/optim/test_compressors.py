@@ -45,8 +45,8 @@ TABLE["biased_random_k"] = random_k(0.2, unbiased=False)
 TABLE["scaled_qsgd"] = scaled(qsgd(7))
 SHAPES = [(7, 9), (130,)]
 KINDS = ["gaussian", "one", "equal", "heavy", "rows", "zero"]
-DRAWS = 1024
-few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
+DRAWS = 512
+few = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 kinds, shapes = st.sampled_from(KINDS), st.sampled_from(SHAPES)
 exponents, seeds = st.sampled_from([-90, 0, 3, 90]), st.integers(0, 9)
 
@@ -104,7 +104,7 @@ def promised(kind):
 def test_a_contraction_contracts_every_tensor(name, kind, shape, seed, exponent):
     x = tensor(kind, shape, seed, exponent)
     y = compiled(name, shape)(jax.random.key(seed), x)
-    delta = TABLE[name].promise(shape).delta
+    delta = TABLE[name].promise(shape).delta or 0.0
     assert norm(y - x) <= (1 - delta) ** 0.5 * norm(x) * (1 + 1e-5)
 
 
@@ -114,7 +114,7 @@ def test_a_random_contraction_contracts_on_average(name, kind):
     x = tensor(kind, SHAPES[0], seed=3)
     errors = np.asarray(many(name)(jax.random.key(1), x) - x, np.float64)
     squares = (errors**2).sum((1, 2)) / norm(x) ** 2
-    delta = TABLE[name].promise(x.shape).delta
+    delta = TABLE[name].promise(x.shape).delta or 0.0
     assert squares.mean() <= 1 - delta + 4 * squares.std() / DRAWS**0.5 + 1e-6
 
 
@@ -123,7 +123,7 @@ def test_a_random_contraction_contracts_on_average(name, kind):
 def test_an_unbiased_one_has_its_mean_and_variance(name, kind):
     x = tensor(kind, SHAPES[0], seed=2)
     draws = np.asarray(many(name)(jax.random.key(2), x), np.float64)
-    omega = TABLE[name].promise(x.shape).omega
+    omega = TABLE[name].promise(x.shape).omega or 0.0
     squares = ((draws - np.asarray(x)) ** 2).sum((1, 2)) / norm(x) ** 2
     rounding = 1e-6
     assert squares.mean() <= omega + 4 * squares.std() / DRAWS**0.5 + rounding

@@ -42,7 +42,7 @@ def operator(z, data):
 
 
 @functools.cache
-def gap(name, *, anchored=True, both=True, steps=1500):
+def gap(name, *, anchored=True, both=True, steps=700):
     """|z - z*|^2 over |z*|^2 at the end."""
     data, solution = problem()
     way = {
@@ -52,7 +52,7 @@ def gap(name, *, anchored=True, both=True, steps=1500):
     }[name]
     down: Any = {"down": way} if both and name != "exact" else {}
     mean = compressed_mean(way, **down, workers=WORKERS)
-    rate = 0.2 / 0.57
+    rate = 0.4 / 0.57
     method = masha(operator, mean, rate=rate, tau=0.7, workers=WORKERS)
 
     def compressed_extragradient(data, carry):

@@ -12,7 +12,7 @@ from narrows.parallel.layout import Layout, make_mesh
 from narrows.parallel.messages import from_bytes, message_size, share, swap, to_bytes
 from narrows.parallel.wire import collectives
 
-few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 
 
 def payload(worker=0):
