@@ -17,10 +17,15 @@ from collections.abc import Sequence
 
 from absl import flags
 from narrows.scripts import command, results
-from narrows.scripts.benchmarks import attention, quantize, train
+from narrows.scripts.benchmarks import attention, attention_forms, quantize, train
 from rich.console import Console
 
-SUITES = {"attention": attention, "quantize": quantize, "train": train}
+SUITES = {
+    "attention": attention,
+    "attention_forms": attention_forms,
+    "quantize": quantize,
+    "train": train,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -162,7 +162,7 @@ def write(path: pathlib.Path, text: str, *, check: bool) -> bool:
     """Write the file if it differs, or with `check` only say so; whether it did."""
     stale = not path.exists() or path.read_text() != text
     if stale and check:
-        print(f"{path.name} is stale: run python scripts/systems_table.py")
+        print(f"{path.name} is stale: run python {sys.argv[0]}")
     elif stale:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import get_abstract_mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -44,7 +45,7 @@ def attention(
     sinks: Float[ArrayLike, " n"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | Callable | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """softmax(cap tanh((scale q k^T + bias) / cap)) v over the keys each query sees.
@@ -82,7 +83,8 @@ def attention(
       dropout_key: decides which; needed where the rate is positive. The same key drops
         the same weights in every implementation.
       implementation: a name of `IMPLEMENTATIONS` insists on it (NotImplementedError
-        where it cannot serve); None picks by backend and size.
+        where it cannot serve), as does a function of the form in `call`; None picks
+        by what the call compiles for and by size.
       return_residual: also return the log of each row's sum of exponentials [*b t n],
         float32, -inf for a row that sees nothing; differentiable.
 
@@ -146,9 +148,11 @@ def serve(implementation, *operands):
 
 
 def _form(name):
+    if callable(name):
+        return name
     if name not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {name!r}; it must be None or one of "
+            f"implementation is {name!r}; it must be None, a form or one of "
             f"{sorted(IMPLEMENTATIONS)}"
         )
     try:
@@ -158,14 +162,25 @@ def _form(name):
     return getattr(module, name)
 
 
+def _target():
+    """Platform and compute capability of the mesh in use, else of the default backend.
+
+    A mesh may be of devices that are not there, to compile ahead of time.
+    """
+    device, described = jax.devices()[0], get_abstract_mesh().abstract_device
+    if described is not None and described.platform != device.platform:
+        return described.platform, ""
+    if device.platform != "gpu":
+        return device.platform, ""
+    cuda = "cuda" in device.client.platform_version
+    return "cuda" if cuda else "rocm", str(getattr(device, "compute_capability", ""))
+
+
 def _order(query, key):
-    """The names to try, best first, for the default backend and these lengths."""
-    device = jax.devices()[0]
-    platform, generation = device.platform, getattr(device, "compute_capability", "")
-    if platform == "gpu":
-        platform = "cuda" if "cuda" in device.client.platform_version else "rocm"
+    """The names to try, best first, for these lengths on what the call compiles for."""
+    platform, generation = _target()
     names = [name for name, on in IMPLEMENTATIONS.items() if platform in on]
-    if "hopper" in names and not str(generation).startswith("9."):
+    if "hopper" in names and not generation.startswith("9."):
         names.remove("hopper")
     if platform == "cpu" and max(query.shape[1], key.shape[1]) <= SHORT:
         names.reverse()
