@@ -47,7 +47,7 @@ from .warpgroups import (
 )
 
 # head width -> (keys of a tile, stages of the ring); shared memory holds 227 KB
-BLOCKS = {64: (128, 4), 128: (128, 2), 192: (64, 2), 256: (64, 2)}
+BLOCKS = {64: (128, 4), 128: (128, 2)}
 
 
 def hopper(
@@ -99,7 +99,8 @@ def _refuse(query, key, value, call, spec):
     if query.shape[-1] not in BLOCKS or value.shape[-1] != query.shape[-1]:
         raise NotImplementedError(
             f"hopper: head widths {query.shape[-1]} and {value.shape[-1]} must be "
-            f"equal and one of {sorted(BLOCKS)}"
+            f"equal and one of {sorted(BLOCKS)}; the gradients of wider keys and "
+            "values do not fit into registers"
         )
     given = {
         "bias": call.bias is not None,
@@ -267,8 +268,9 @@ def _forward(plan, query, key, value, call):
             if "q_ids" in extra:
                 q_ids = load(plan, extra["q_ids"], (row, mine), ROW)
             top, total = jnp.float32(LOWEST), jnp.float32(0)
-            if "sinks" in extra:
-                top, total = extra["sinks"][head] * LOG2E, jnp.float32(1)
+            if "sinks" in extra:  # one more score, of a key without a value
+                sink = extra["sinks"][head] * LOG2E
+                top, total = jnp.maximum(sink, LOWEST), jnp.where(sink < LOWEST, 0.0, 1)
             top, total = (
                 cast(plan, jnp.full((ROWS,), x, jnp.float32), ROW) for x in (top, total)
             )
@@ -319,6 +321,7 @@ def _forward(plan, query, key, value, call):
             ),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="attention_forward",
         interpret=plan.interpret,
     )(query, key, value, *bounds, *lists, *optional.values())
     return out[:, :rows], lse.reshape(b, n, t)[:, :, :rows].swapaxes(1, 2)

@@ -66,29 +66,35 @@ def backward(plan, saved, cotangents):
     )
     d_sinks = None
     if call.sinks is not None:
-        share = jnp.exp(call.sinks - logsumexp)
-        d_sinks = -(share * delta).sum((0, 1)).astype(call.sinks.dtype)
+        share = jnp.exp(call.sinks.astype(jnp.float32) - logsumexp)
+        share = jnp.where(call.sinks == -jnp.inf, 0, share)
+        d_sinks = -jnp.where(share == 0, 0, share * delta).sum((0, 1))
+        d_sinks = d_sinks.astype(call.sinks.dtype)
     d_call = type(call)(None, None)._replace(sinks=d_sinks)
     return d_query[:, :t], d_key[:, :s], d_value[:, :s], d_call
 
 
-def _weigh(plan, level, delta, mask, dtype, axis):
-    """The two steps between the products of `chain`; rows run along `axis`."""
+def _steps(plan, stat, mask, dtype, axis):
+    """The two steps between the products of `chain`; rows run along `axis`.
+
+    stat(i) and mask() are asked for when they are needed, not before: registers are
+    what these kernels have least of.
+    """
 
     def weigh(scores):
         scores, slope = base_two(plan, scores)
-        weights = jnp.exp2(scores - along(plan, level, scores.shape, axis))
+        weights = jnp.exp2(scores - along(plan, stat(0), scores.shape, axis))
         if mask is not None:
-            weights = jnp.where(mask, weights, 0)
+            weights = jnp.where(mask(), weights, 0)
         return weights.astype(dtype), (weights, slope)
 
     def grade(kept, slopes):
         weights, slope = kept
-        errors = weights * (slopes - along(plan, delta, slopes.shape, axis))
+        errors = weights * (slopes - along(plan, stat(1), slopes.shape, axis))
         if slope is not None:
             errors = errors * slope
-        if mask is not None:
-            errors = jnp.where(mask, errors, 0)
+        if mask is not None:  # what a hidden key gives may be no number
+            errors = jnp.where(weights == 0, 0, errors)
         return errors.astype(dtype)
 
     return weigh, grade
@@ -153,30 +159,31 @@ def _queries(plan, query, key, value, d_out, stats, call, s):
             plgpu.copy_gmem_to_smem(do.at[at], do_mine, own.at[me])
             for slot in range(stages):
                 plgpu.barrier_arrive(free.at[slot])
-            level, delta = (
-                load(plan, stats, (row, head, mine, i), ROW) for i in range(2)
-            )
+            own_stats = [load(plan, stats, (row, head, mine, i), ROW) for i in range(2)]
             limits = [load(plan, ref, (row, mine), ROW) for ref in (low, high)]
             q_ids = None
             if extra:
                 q_ids = load(plan, extra["q_ids"], (row, mine), ROW)
 
             def step(i, acc, is_masked):
-                slot, mask = lax.rem(i, stages), None
-                if is_masked:
+                slot = lax.rem(i, stages)
+
+                def mask():
                     j, k_ids = order[(*entry, i)], None
                     if extra:
                         k_ids = load(plan, extra["k_ids"], (row, j), COLUMN)
-                    mask = seen(plan, limits, q_ids, j * block, k_ids)
-                weigh, grade = _weigh(plan, level, delta, mask, q.dtype, 0)
+                    return seen(plan, limits, q_ids, j * block, k_ids)
+
+                steps = _steps(
+                    plan, own_stats.__getitem__, mask if is_masked else None, q.dtype, 0
+                )
                 keys = k_smem.at[slot]
                 plgpu.barrier_wait(ready.at[slot])
                 (acc,) = chain(
                     plan,
                     (q_mine, keys),
                     (do_mine, v_smem.at[slot]),
-                    weigh,
-                    grade,
+                    *steps,
                     (acc,),
                     (keys,),
                 )
@@ -214,6 +221,7 @@ def _queries(plan, query, key, value, d_out, stats, call, s):
             ),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="attention_queries",
         interpret=plan.interpret,
     )(
         query,
@@ -294,27 +302,28 @@ def _keys(plan, query, key, value, d_out, stats, call, t, s):
                 entry, full, part = visited(g)
 
                 def step(i, sums, is_masked):
-                    slot, mask = lax.rem(done + i, stages), None
-                    if is_masked:
-                        j, q_ids, k_ids = order[(*entry, i)], None, None
+                    slot, j = lax.rem(done + i, stages), order[(*entry, i)]
+
+                    def stat(x):
+                        return load(plan, stats_smem, (slot, x), COLUMN)
+
+                    def mask():
+                        q_ids = k_ids = None
                         limits = [
                             load(plan, ref, (row, j), COLUMN) for ref in (low, high)
                         ]
                         if extra:
                             q_ids = load(plan, extra["q_ids"], (row, j), COLUMN)
                             k_ids = load(plan, extra["k_ids"], (row, mine), ROW)
-                        mask = seen(plan, limits, q_ids, mine * ROWS, k_ids, flip=True)
+                        return seen(plan, limits, q_ids, mine * ROWS, k_ids, flip=True)
+
+                    steps = _steps(plan, stat, mask if is_masked else None, k.dtype, 1)
                     plgpu.barrier_wait(ready.at[slot])
-                    level, delta = (
-                        load(plan, stats_smem, (slot, x), COLUMN) for x in range(2)
-                    )
-                    weigh, grade = _weigh(plan, level, delta, mask, k.dtype, 1)
                     sums = chain(
                         plan,
                         (k_mine, q_smem.at[slot]),
                         (v_mine, do_smem.at[slot]),
-                        weigh,
-                        grade,
+                        *steps,
                         sums,
                         (do_smem.at[slot], q_smem.at[slot]),
                     )
@@ -360,6 +369,7 @@ def _keys(plan, query, key, value, d_out, stats, call, t, s):
             ),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="attention_keys",
         interpret=plan.interpret,
     )(
         query,
