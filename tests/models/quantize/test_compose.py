@@ -14,12 +14,22 @@ from narrows.models.quantize.vq import vq
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(10, 4)), jnp.float32)
 KEY = jax.random.key(0)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def fresh(q):
+    """A state, and what the quantiser makes of X."""
+
+    def run(x):
+        state = q.init(KEY)
+        return state, q.quantize(state, x)
+
+    return jax.jit(run, compiler_options=QUICK)(X)
 
 
 def test_a_residual_is_a_loop_over_what_is_left():
     q = residual(*[vq(4, 8)] * 3)
-    state, left, total = q.init(KEY), X, 0.0
-    out = q.quantize(state, X)
+    (state, out), left, total = fresh(q), X, 0.0
     for i, part in enumerate(parts_of(state)):
         distance = jnp.sum((left[:, None] - part.memory.codes) ** 2, -1)
         assert jnp.array_equal(out.indices[:, i], distance.argmin(-1))
@@ -32,14 +42,14 @@ def test_a_residual_is_a_loop_over_what_is_left():
 
 def test_a_gradient_passes_a_residual_once_and_pulls_at_every_stage():
     q = residual(*[vq(4, 8)] * 3)
-    state = q.init(KEY)
-    slope = jax.grad(lambda x: jnp.sum(jnp.cos(x) * q.quantize(state, x).z))(X)
-    z = q.quantize(state, X).z
+    state, out = fresh(q)
+    slope = jax.grad(lambda x: jnp.sum(jnp.cos(x) * q.quantize(state, x).z))
+    slope, z = jax.jit(slope)(X), out.z
     np.testing.assert_allclose(slope, jnp.cos(X) - jnp.sin(X) * z, rtol=1e-5, atol=1e-6)
-    pull = jax.grad(lambda x: q.quantize(state, x).losses["commitment"])(X)
+    pull = jax.jit(jax.grad(lambda x: q.quantize(state, x).losses["commitment"]))(X)
     left, expected = X, 0.0
     for i, part in enumerate(parts_of(state)):
-        left = left - part.memory.codes[q.encode(state, X)[:, i]]
+        left = left - part.memory.codes[out.indices[:, i]]
         expected += 2 * left / len(X)
     np.testing.assert_allclose(pull, expected, rtol=1e-4, atol=1e-6)
 
@@ -65,8 +75,7 @@ def test_a_product_is_its_parts_side_by_side():
     """Of parts of any kind and width."""
     parts = (vq(1, 4), fsq((5,)), gumbel(2, 6))
     q = product(*parts)
-    state = q.init(KEY)
-    out = q.quantize(state, X)
+    state, out = fresh(q)
     place = 0
     for i, (part, own) in enumerate(zip(parts, parts_of(state), strict=True)):
         alone = part.quantize(own, X[:, place : place + part.width])
@@ -97,8 +106,7 @@ def test_shared_heads_choose_from_one_codebook_and_teach_it_together():
 
 def test_a_residual_of_products_of_anything_composes():
     q = residual(product(fsq((3, 3)), vq(2, 4)), vq(4, 8))
-    state = q.init(KEY)
-    out = q.quantize(state, X)
+    state, out = fresh(q)
     assert q.sizes == (9, 4, 8)
     assert jnp.array_equal(q.decode(state, out.indices), out.z)
     state, report = q.update(state, out.stats)

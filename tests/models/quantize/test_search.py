@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from narrows.models.quantize.search import nearest, unit
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -49,6 +51,20 @@ def test_the_matrix_of_distances_is_never_whole():
     table = jax.ShapeDtypeStruct((codes, 16), jnp.float32)
     memory = jax.jit(nearest).lower(x, table).compile().memory_analysis()
     assert memory.temp_size_in_bytes < rows * codes * 4 / 100
+
+
+def test_rows_over_devices_are_searched_where_they_lie():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(RNG.normal(size=(16, 64, 5)), jnp.float32)
+    over = jax.device_put(x, NamedSharding(mesh, P("data")))
+    search = jax.jit(functools.partial(nearest, rows=128, block=8))
+    program = search.lower(over, CODES).compile()
+    found = program(over, CODES)
+    assert found.sharding.spec == P("data")
+    assert jnp.array_equal(found, search(x, CODES))
+    text = program.as_text()
+    for moves in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert moves not in text
 
 
 def test_unit_is_finite_at_zero_with_its_gradient():
