@@ -29,7 +29,7 @@ def define_model(values: flags.FlagValues) -> None:
     integer(
         "waist_at", None, "before this block; default middle", 0, flag_values=values
     )
-    integer("codes", 1024, "of the codebook waist", 2, flag_values=values)
+    integer("codes", 1024, "for each index of the waist", 2, flag_values=values)
     integer("code_width", 16, "numbers in a code", 1, flag_values=values)
     enum("precision", "float32", list(PRECISION), "of activations", flag_values=values)
     enum(
@@ -51,8 +51,10 @@ def model_record(values: flags.FlagValues, *, vocab_size: int, max_len: int) -> 
     config = {name: values[name].value for name in names & set(values)}
     config |= {"vocab_size": -(-vocab_size // 128) * 128, "max_len": max_len}
     options = {}
-    if values.waist == "codebook":
-        options = {"codes": values.codes, "code_width": values.code_width}
+    if values.waist != "none":
+        options["codes"] = values.codes
+        if values.waist == "codebook" or values["code_width"].present:
+            options["code_width"] = values.code_width
     return {
         "config": config | {"dtype": values.precision},
         "waist": values.waist,
