@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from .blocks import Blocks
 from .call import Call, Spec
 
-# Every form, best first, and the platforms on which it is picked unasked.
+# Every form, best first, and where it runs; sm90 is the Hopper generation.
 IMPLEMENTATIONS = {
-    "hopper": ("cuda",),
-    "gpu": ("cuda", "rocm"),
+    "hopper": ("cuda sm90",),
+    "gpu": ("cuda", "cuda sm90", "rocm"),
     "tpu": ("tpu",),
-    "xla": ("cpu", "cuda", "rocm", "tpu"),
-    "reference": ("cpu", "cuda", "rocm", "tpu"),
+    "xla": ("cpu", "cuda", "cuda sm90", "rocm", "tpu"),
+    "reference": ("cpu", "cuda", "cuda sm90", "rocm", "tpu"),
 }
 
 # Length up to which the plain form is faster on CPUs (measured).
@@ -135,13 +135,14 @@ def attention(
     return (out, logs.reshape(shape)) if return_residual else out
 
 
-def serve(implementation, *operands):
+def serve(implementation, query, key, value, call, spec):
+    """The results of the form that is named, or of the best that takes the call."""
     if implementation is not None:
-        return _form(implementation)(*operands)
+        return _form(implementation)(query, key, value, call, spec)
     refusals = []
-    for name in _order(*operands[:2]):
+    for name in _order(query, key):
         try:
-            return _form(name)(*operands)
+            return _form(name)(query, key, value, call, spec)
         except NotImplementedError as refusal:
             refusals.append(refusal)
     raise ExceptionGroup("attention: no implementation takes this call", refusals)
@@ -155,6 +156,10 @@ def _form(name):
             f"implementation is {name!r}; it must be None, a form or one of "
             f"{sorted(IMPLEMENTATIONS)}"
         )
+    if (here := _platform()) not in IMPLEMENTATIONS[name]:
+        raise NotImplementedError(
+            f"{name} runs on {', '.join(IMPLEMENTATIONS[name])}; this is {here}"
+        )
     try:
         module = importlib.import_module(f".{name}", __package__)
     except ImportError as error:
@@ -162,29 +167,27 @@ def _form(name):
     return getattr(module, name)
 
 
-def _target():
-    """Platform and compute capability of the mesh in use, else of the default backend.
+def _order(query, key):
+    """The names to try, best first, for the device in use and these lengths."""
+    names = [name for name, on in IMPLEMENTATIONS.items() if _platform() in on]
+    if _platform() == "cpu" and max(query.shape[1], key.shape[1]) <= SHORT:
+        names.reverse()
+    return names
 
-    A mesh may be of devices that are not there, to compile ahead of time.
+
+def _platform():
+    """Where the call will run, as in `IMPLEMENTATIONS`: on the devices of the mesh in
+    use, which need not be there to compile ahead of time, else on the default one.
     """
     device, described = jax.devices()[0], get_abstract_mesh().abstract_device
     if described is not None and described.platform != device.platform:
-        return described.platform, ""
+        return described.platform
     if device.platform != "gpu":
-        return device.platform, ""
-    cuda = "cuda" in device.client.platform_version
-    return "cuda" if cuda else "rocm", str(getattr(device, "compute_capability", ""))
-
-
-def _order(query, key):
-    """The names to try, best first, for these lengths on what the call compiles for."""
-    platform, generation = _target()
-    names = [name for name, on in IMPLEMENTATIONS.items() if platform in on]
-    if "hopper" in names and not generation.startswith("9."):
-        names.remove("hopper")
-    if platform == "cpu" and max(query.shape[1], key.shape[1]) <= SHORT:
-        names.reverse()
-    return names
+        return device.platform
+    if "cuda" not in device.client.platform_version:
+        return "rocm"
+    generation = getattr(device, "compute_capability", "")
+    return "cuda sm90" if str(generation).startswith("9.") else "cuda"
 
 
 def _bounds(sizes, is_causal, offset, query_lengths, key_lengths, window):
