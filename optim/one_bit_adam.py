@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ..parallel.state import Reported
 from .compressed_mean import MeanState, Way, compressed_mean
@@ -40,6 +40,19 @@ class OneBitAdamState(NamedTuple):
 ONE_BIT = Way("feedback", sign())
 
 
+def root(nu: PyTree, eps: float, floor: float) -> PyTree:
+    """sqrt(v) + eps of a frozen v, nowhere below `floor` of its mean over the leaf.
+
+    Where no gradient came before v froze (a word not yet read) it is 0, and the first
+    one over eps alone would end the training.
+    """
+
+    def of(v):
+        return jnp.sqrt(jnp.maximum(v, floor * jnp.mean(v))) + eps
+
+    return jax.tree.map(of, nu)
+
+
 def scale_by_one_bit_adam(
     *,
     workers: int,
@@ -48,6 +61,7 @@ def scale_by_one_bit_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip: float | None = None,
+    floor: float = 0.01,
     freeze_step: int | None = None,
     tolerance: float = 0.04,
     earliest: int = 0,
@@ -58,7 +72,7 @@ def scale_by_one_bit_adam(
 
     clip: of the global norm of the mean gradient; in the second stage that norm is not
     known, and is taken as that of the local gradients over what separated the two in
-    the first. freeze_step, tolerance, earliest: see `switch.look`.
+    the first. floor: see `root`. freeze_step, tolerance, earliest: see `switch.look`.
     """
     mean = compressed_mean(up, down, workers=workers, axis_name=axis_name)
     adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -103,7 +117,7 @@ def scale_by_one_bit_adam(
         moments = state.adam
         count = optax.safe_increment(moments.count)
         nu = optax.tree.bias_correction(moments.nu, b2, state.switch.frozen_at)
-        below = jax.tree.map(lambda v: jnp.sqrt(v) + eps, nu)
+        below = root(nu, eps, floor)
         signal = optax.tree.update_moment(grads, moments.mu, b1, 1)
         key = jax.random.fold_in(jax.random.key(0), count)
         found, mean_state = mean.mean(signal, state.mean, key)

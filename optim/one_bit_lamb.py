@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 
 from ..parallel.state import Reported
 from .compressed_mean import MeanState, Way, compressed_mean
-from .one_bit_adam import ONE_BIT
+from .one_bit_adam import ONE_BIT, root
 from .switch import Switch, init_switch, is_frozen, look
 
 
@@ -50,6 +50,7 @@ def one_bit_lamb(
     weight_decay: float = 0.0,
     mask: Callable | Any = None,
     clip: float | None = None,
+    floor: float = 0.01,
     freeze_step: int | None = None,
     tolerance: float = 0.04,
     earliest: int = 0,
@@ -64,7 +65,7 @@ def one_bit_lamb(
 
     clip: of the global norm of the mean gradient, in the warm-up alone. The factor
     stays within factor_range, and within 1 -+ factor_step of that of the step before.
-    freeze_step, tolerance, earliest: see `switch.look`.
+    floor: see `one_bit_adam.root`. freeze_step, tolerance, earliest: see `switch.look`.
 
     >>> tx = one_bit_lamb(1e-2, workers=8, freeze_step=100)
     """
@@ -130,8 +131,7 @@ def one_bit_lamb(
         fresh = optax.tree.update_moment_per_elem_norm(implied, state.fresh, b2, 2)
 
         def below(nu, at):
-            corrected = optax.tree.bias_correction(nu, b2, at)
-            return jax.tree.map(lambda v: jnp.sqrt(v) + eps, corrected)
+            return root(optax.tree.bias_correction(nu, b2, at), eps, floor)
 
         frozen, moving = below(moments.nu, frozen_at), below(fresh, count)
         adaptive = jax.tree.map(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from ..parallel.state import PerWorkerMean, Reported, replicate
 from .compressed_mean import MeanState, Way, compressed_mean
-from .one_bit_adam import ONE_BIT
+from .one_bit_adam import ONE_BIT, root
 from .switch import Switch, init_switch, is_frozen
 
 
@@ -58,6 +58,7 @@ def zero_one_adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask: Any = None,
+    floor: float = 0.01,
     refreshes: int = 16,
     rounds: int = 32,
     longest: int = 1,
@@ -68,7 +69,8 @@ def zero_one_adam(
 
     Parameters must then be each worker's own; after a round they agree to rounding.
     Weight decay acts once a round, by the round's sum of rates. Biases are corrected,
-    v's by the number of its refreshes. v is frozen after `freeze_step` updates.
+    v's by the number of its refreshes. v is frozen after `freeze_step` updates; its
+    floor (see `one_bit_adam.root`) holds from the start, since it moves rarely.
 
     >>> tx = zero_one_adam(1e-3, workers=8, freeze_step=100)
     """
@@ -100,7 +102,7 @@ def zero_one_adam(
 
     def below(state: ZeroOneAdamState):
         nu = optax.tree.bias_correction(state.nu, b2, state.refreshed)
-        return jax.tree.map(lambda v: jnp.sqrt(v) + eps, nu)
+        return root(nu, eps, floor)
 
     def stepped(m, state: ZeroOneAdamState, params):
         """The update of one step by m, with the state's v."""

@@ -103,7 +103,7 @@ TWINS = {
 
 @pytest.mark.parametrize("name", list(MAKE))
 def test_before_the_switch_it_is_its_dense_twin(name):
-    options = {"refreshes": 1000} if name == "zero_one" else {}
+    options = {"refreshes": 1000, "floor": 0.0} if name == "zero_one" else {}
     if name == "lamb":
         options = {"ratio_range": (0.0, 1e9)}
     tx = MAKE[name](workers=N, freeze_step=1000, **options)
@@ -127,7 +127,7 @@ def test_after_it_workers_agree_to_the_bit_and_unused_rows_rest(name):
 
 
 def test_without_compression_it_is_adam_with_a_frozen_moment():
-    tx = MAKE["adam"](workers=N, freeze_step=20, up=WHOLE, down=WHOLE)
+    tx = MAKE["adam"](workers=N, freeze_step=20, up=WHOLE, down=WHOLE, floor=0.0)
     _, _, params, _ = train(tx, 40)
     b1, b2 = 0.9, 0.999
     twin = start()
@@ -213,6 +213,24 @@ def test_clipping_has_the_factor_of_the_mean_gradient():
         for _ in range(2):
             _, state = go(grads, state)
         np.testing.assert_allclose(state[0].adam.mu["w"], 0.25 * 0.19, rtol=1e-5)
+
+
+def test_a_row_first_used_after_the_switch_takes_steps_of_a_usual_size():
+    """Its v froze at 0; over eps alone the step would be a million times too long."""
+    sizes = {}
+    params = jnp.zeros((4, 8))
+    for floor in (0.0, 0.01):
+        tx = one_bit_adam(1.0, workers=N, freeze_step=3, floor=floor)
+        state: Any = tx.init(params)
+        go = simulate(
+            lambda g, s, tx=tx: tx.update(g, s, params), workers=N, axis_name="data"
+        )
+        for i in range(5):
+            g = jax.random.normal(jax.random.key(i), (N, 4, 8))
+            updates, state = go(g.at[:, 2].set(0) if i < 4 else g, state)
+        sizes[floor] = float(jnp.abs(updates[0, 2]).max())
+    assert sizes[0.0] > 1e5
+    assert sizes[0.01] < 20
 
 
 @pytest.mark.parametrize("freeze_step", [None, 7])
