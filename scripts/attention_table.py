@@ -41,7 +41,10 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     if refusals:
         lines += ["", *(f"{i}. {text}" for i, text in enumerate(refusals, 1))]
-    origin = sorted({f"{r['device']} at {r['commit']}" for r in found.values()})
+    changed = {True: "+", False: "", None: ""}  # + had changes not committed
+    origin = sorted(
+        {f"{r['device']} at {r['commit']}{changed[r['dirty']]}" for r in found.values()}
+    )
     lines += ["", f"Measured on {'; '.join(origin)}."]
     return "\n".join(lines) + "\n"
 
