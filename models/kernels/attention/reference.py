@@ -51,9 +51,10 @@ def reference(
     scores = scores + bad + bad_q[..., None]
     if call.bias is not None:
         scores = scores + call.bias.astype(wide)
+    seen = visible(call, spec, s)
+    scores = jnp.where(seen, scores, 0)  # or a hidden NaN comes back through the cap
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    seen = visible(call, spec, s)
     top = jnp.max(scores, -1, keepdims=True, where=seen, initial=-jnp.inf)
     if call.sinks is not None:
         sinks = call.sinks.astype(wide)[:, None, None]

@@ -49,6 +49,10 @@ def xla(
 
 def blockwise(query, key, value, call, spec, blocks: tuple[int, int]) -> Any:
     """`xla` with blocks of given sizes, forward and backward."""
+    call = jax.tree.map(jnp.asarray, call)
+    operands = query, key, value, call.bias, call.sinks
+    query, key, value, bias, sinks = _vary_alike(operands)
+    call = call._replace(bias=bias, sinks=sinks)
     grids = [Grid(query.shape[1], key.shape[1], block) for block in blocks]
     return _attend((spec, *grids), query, key, value, call)
 
@@ -458,6 +462,20 @@ def _head(x, row, head):
 
 def _put(x, block, row, head):
     return lax.dynamic_update_slice(x, block[None, :, None], (row, 0, head, 0))
+
+
+def _vary_alike(operands):
+    """Inside `shard_map`, let all vary over the mesh axes that any varies over.
+
+    What comes in replicated then gets the sum of its gradients over those axes.
+    """
+    varying = [
+        None if x is None else jax.typeof(x).manual_axis_type.varying for x in operands
+    ]
+    axes = frozenset().union(*(own for own in varying if own is not None))
+    for x, own in zip(operands, varying, strict=True):
+        missing = () if own is None else tuple(axes - own)
+        yield lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _zeros_like(x, shape, dtype=None):
