@@ -37,15 +37,11 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores, 8) if files and cores and cores > 1 else 0
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    root = pathlib.Path(__file__).parent
+    if config.getoption("--slow"):
+        return
     for item in items:
-        # One worker runs what shares what is made once: a file, all of the scripts.
-        path = item.path.relative_to(root)
-        group = path.parts[0] if path.parts[0] == "scripts" else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="minutes long: give --slow"))
 
 
