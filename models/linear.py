@@ -6,7 +6,6 @@ JAX's own rule writes dw as (g^T x)^T, for which compilers transpose g, the wide
 of a block, inside the loop that makes it. On a CPU that is a third of a training step.
 """
 
-import functools
 import math
 
 import jax
@@ -14,7 +13,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def contract(
     x: Float[Array, "..."], w: Float[Array, "..."], axes: int = 1, dtype=None
 ) -> Float[Array, "..."]:
@@ -30,12 +28,16 @@ def contract(
             f"w: {w.shape} against x {x.shape}, but its first {axes} dimensions must "
             "be the last of x"
         )
+    return _contract(x, w, axes, dtype)
+
+
+def _product(x: Array, w: Array, axes: int, dtype) -> Array:
     dims = ((_last(x, axes), _first(axes)), ((), ()))
     return lax.dot_general(x, w, dims, preferred_element_type=dtype)
 
 
 def _forward(x, w, axes, dtype):
-    return contract(x, w, axes, dtype), (x, w)
+    return _contract(x, w, axes, dtype), (x, w)
 
 
 def _backward(axes, dtype, saved, g):
@@ -52,7 +54,8 @@ def _backward(axes, dtype, saved, g):
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-contract.defvjp(_forward, _backward)
+_contract = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+_contract.defvjp(_forward, _backward)
 
 
 def _first(count: int) -> tuple[int, ...]:
