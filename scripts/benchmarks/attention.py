@@ -44,6 +44,11 @@ class Problem(NamedTuple):
     ids: jax.Array | None  # [b, t] of a packed row
     causal: bool
 
+    @property
+    def platform(self) -> str:
+        (device,) = self.query.devices()
+        return device.platform
+
 
 class Side(NamedTuple):
     call: Callable[..., jax.Array]  # of (query, key, value, ids); output [b, t, n, h]
@@ -104,13 +109,15 @@ def draw(case, width, length, tokens, hidden, dtype) -> Problem:
             f"{width} and the length {length}"
         )
     shape = (tokens // length, length, hidden // width, width)
-    operands = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(3)]
+    query, key, value = (
+        jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(3)
+    )
     ids = None
     if case == "packed":
         cuts = np.sort(rng.integers(0, length, (shape[0], DOCUMENTS - 1)), axis=1)
         ids = (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1)
         ids = jnp.asarray(ids, jnp.int32)
-    return Problem(*operands, ids, case != "full")
+    return Problem(query, key, value, ids, case != "full")
 
 
 def visible_scores(problem: Problem) -> float:
@@ -139,7 +146,7 @@ def compare(
         except Exception as refusal:  # a peer's own: whatever it raises is its answer
             sentence = str(refusal).strip().splitlines()[0][:160]
             console.print(f"  {name} does not serve: {sentence}")
-    if problem.query.device.platform == "cpu" and importlib.util.find_spec("torch"):
+    if problem.platform == "cpu" and importlib.util.find_spec("torch"):
         runs["torch"] = torch_side(problem, backward)
     product, product_work = matmul(problem.query.dtype)
     best = next(name for name in runs if name.startswith("narrows"))
@@ -153,7 +160,7 @@ def compare(
             ours, rate = (getattr(times[k], clock) for k in (best, "matmul"))
             line[f"over_{best}_{clock}"] = ratio(ours, theirs)._asdict()
             line[f"attained_{clock}"] = ratio(theirs, rate * work / product_work)[0]
-        if problem.query.device.platform != "cpu":
+        if problem.platform != "cpu":
             line["seconds"] = float(np.median(times[name].wall))
             line["tflops"] = work / line["seconds"] / 1e12
         yield line
@@ -177,7 +184,7 @@ def sides(problem: Problem) -> dict[str, Side]:
 
         return call
 
-    platform = problem.query.device.platform
+    platform = problem.platform
     found = {
         f"narrows {name}": Side(ours(name), name == "reference")
         for name in IMPLEMENTATIONS
@@ -223,8 +230,7 @@ def jax_tpu(causal):
 
 def tokamax(causal):
     def call(q, k, v, ids):
-        import tokamax as peer
-
+        peer = importlib.import_module("tokamax")
         if ids is not None:
             raise NotImplementedError("packed rows are not in its public call")
         return peer.dot_product_attention(q, k, v, is_causal=causal)
@@ -234,20 +240,15 @@ def tokamax(causal):
 
 def prepare(side: Side, problem: Problem, backward: bool):
     """Compile; the program as a call without arguments, and what it says of itself."""
-    operands = (problem.query, problem.key, problem.value)
+
+    def both(q, k, v, ids, cotangent):
+        out, pull = jax.vjp(lambda *a: side.call(*a, ids), q, k, v)
+        return out, pull(cotangent)
+
+    program = both if backward else side.call
+    arguments = (problem.query, problem.key, problem.value, problem.ids)
     if backward:
-
-        def program(q, k, v, ids, cotangent):
-            out, pull = jax.vjp(lambda *a: side.call(*a, ids), q, k, v)
-            return out, pull(cotangent)
-
-        arguments = (*operands, problem.ids, problem.query)
-    else:
-
-        def program(q, k, v, ids):
-            return side.call(q, k, v, ids)
-
-        arguments = (*operands, problem.ids)
+        arguments += (problem.query,)
     compiled = jax.jit(program).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     facts: dict[str, Any] = {
