@@ -324,7 +324,7 @@ def test_says_what_is_wrong():
         ("mask is float32", lambda: call(mask=jnp.ones((4, 6)))),
         ("bias has shape", lambda: call(bias=jnp.ones((3, 6)))),
         ("bias is int32", lambda: call(bias=jnp.ones((4, 6), jnp.int32))),
-        ("table of cells", lambda: call(mask=Blocks(coin(1, 2), 4, 4))),
+        ("table of cells", lambda: call(mask=Blocks(coin(2, 2), 4, 4))),
         ("at least 1", lambda: call(mask=Blocks(coin(1, 2), 0, 4))),
         ("key_value_seq_lengths", lambda: call(key_value_seq_lengths=jnp.ones(2))),
         ("query_seq_lengths", lambda: call(query_seq_lengths=jnp.arange(3))),
@@ -334,7 +334,7 @@ def test_says_what_is_wrong():
         ("dropout_key", lambda: call(dropout_rate=0.1)),
         ("'reference'", lambda: call(implementation="fast")),
         ("splits", lambda: decode_attention(query[:, 0], key, value, splits=4)),
-        ("query is", lambda: decode_attention(query, key, value)),
+        ("query has shape", lambda: decode_attention(query, key, value)),
     ]
     for message, bad in wrong:
         with pytest.raises(ValueError, match=message):
