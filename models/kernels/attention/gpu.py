@@ -44,8 +44,10 @@ class Blocks(NamedTuple):
     queries: Tiling  # gradient of queries, and of the bias
 
 
-# By bytes of an element and padded head width: the widest cuts that fill the registers
-# of an H100 without spilling, by what its compiler reports.
+# By bytes of an element and padded head width. Chosen by the registers and spills that
+# the compiler for an H100 reports, not by time: for 2 bytes nothing spills but the
+# gradient of keys (4 bytes a thread at 128, 120 at 256); for 4 bytes nothing at 64,
+# and up to 388 bytes at 128. Those of (4, 256) are guesses.
 BLOCKS = {
     (2, 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
     (2, 128): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
