@@ -39,6 +39,7 @@ COMPRESSORS: dict[str, Callable[..., Compressor]] = {
 def make_compressor(name: str, **options: Any) -> Compressor:
     """A compressor by name.
 
+    >>> from narrows.optim.compression import bits
     >>> bits(make_compressor("sign"), (100, 64))  # 6400 signs, 100 rows, a scale
     6536
     """

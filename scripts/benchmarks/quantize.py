@@ -145,7 +145,8 @@ def our_step(
         state, *rest = compiled(state, x)
         return jax.block_until_ready((state, rest))
 
-    return run, compiled.memory_analysis().temp_size_in_bytes
+    memory: Any = compiled.memory_analysis()
+    return run, memory.temp_size_in_bytes
 
 
 def peer_step(name: str, codes: int, rows: int, width: int) -> Callable[[], object]:

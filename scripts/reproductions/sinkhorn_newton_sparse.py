@@ -255,8 +255,7 @@ CLAIMS = (
         "lam = 2 / n in the paper's text as we have it",
         Ordering("newton steps", "method", "lam=2/n"),
         steps,
-        note="A uniform assignment keeps about one entry a row, but the way there "
-        "needs more: with 2 / n Newton's convergence is only linear.",
+        note="With 2 / n Newton's convergence is only linear.",
     ),
     Claim(
         "random_sinkhorn",
@@ -316,8 +315,7 @@ CLAIMS = (
         "not measured in the paper",
         Ratio("cpu time at 1e-08", "method", "over-relaxed", at_most=1.0),
         squared_pairs,
-        note="It is more: smooth masses are easy, and a relaxation of 1.8 ends in a "
-        "hundred scalings. The gain of Newton steps is in hard problems.",
+        note="More: on smooth masses a relaxation of 1.8 ends in a hundred scalings.",
     ),
     Claim(
         "squared_iterations",
@@ -333,8 +331,7 @@ CLAIMS = (
         Ratio("cpu time at 1e-08", "method", "sinkhorn", at_most=1.0),
         absolute_pairs,
         scales=("full", "paper"),
-        note="The l1 plan has many optima; its kept entries are many, and conjugate "
-        "gradients over them cost more than the plan.",
+        note="The l1 plan has many optima, so many entries have to be kept.",
     ),
     Claim(
         "absolute_ott",
@@ -351,8 +348,7 @@ CLAIMS = (
         Ratio("cpu time at 1e-08", "annealed", "over-relaxed", at_most=1.0),
         absolute_pairs,
         scales=("full", "paper"),
-        note="Undecided over five pairs: up to a third of its time on hard pairs, more "
-        "on easy ones, where relaxation ends in some hundred scalings.",
+        note="Undecided over five pairs: a third on hard ones, more on easy ones.",
     ),
     Claim(
         "absolute_iterations",

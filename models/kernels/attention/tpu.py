@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .call import Call, Spec
@@ -79,7 +80,7 @@ def tpu(
     """
     _check(query, key, value, spec)
     if blocks is None:
-        blocks = default_blocks(query, value)
+        blocks = default_blocks(max(query.shape[3], value.shape[3]), query.dtype)
     blocks = fitted(blocks, query.shape[1], key.shape[1], spec.cell)
     if call.bias is not None and call.bias.shape[2:] == (1, 1):
         shape = (*call.bias.shape[:3], key.shape[1])
@@ -124,15 +125,14 @@ BLOCKS = {
 }
 
 
-def default_blocks(query: Array, value: Array, chip: str | None = None) -> Tiling:
-    """The row of `BLOCKS` for a call; by default for the chip that jax runs on."""
+def default_blocks(width: int, dtype: DTypeLike, chip: str | None = None) -> Tiling:
+    """The row of `BLOCKS` for a head width; for the chip that jax runs on, if None."""
     if chip is None:
         chip = "other"
         if jax.default_backend() == "tpu":
             chip = str(pltpu.get_tpu_info().chip_version)
-    width = 128 if max(query.shape[3], value.shape[3]) <= 128 else 256
-    name = query.dtype.name
-    return BLOCKS.get((chip, width, name), BLOCKS["other", width, name])
+    row = 128 if width <= 128 else 256, jnp.dtype(dtype).name
+    return BLOCKS.get((chip, *row), BLOCKS["other", *row])
 
 
 def fitted(blocks: Tiling, t: int, s: int, cell: tuple[int, int] | None) -> Tiling:

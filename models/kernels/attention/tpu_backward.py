@@ -82,7 +82,7 @@ def gradients(plan, saved, cotangents):
     d_query = parted(d_query, t, n, h)
     d_key = _summed([part[1] for part in parts], sizes, h).astype(key.dtype)
     d_value = _summed([part[2] for part in parts], sizes, v).astype(value.dtype)
-    d_call = Call(*[None] * len(Call._fields))
+    d_call = Call._make([None] * len(Call._fields))
     if call.bias is not None:
         d_bias = bias_gradient(plan, sizes, table, operands, masking, small, call)
         d_call = d_call._replace(bias=d_bias.astype(call.bias.dtype))

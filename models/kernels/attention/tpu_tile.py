@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     blocks: Tiling
     interpret: Any
 
-    def params(self, *dimensions: str) -> dict[str, Any]:
+    def params(self, *dimensions: Any) -> dict[str, Any]:
         return {
             "interpret": self.interpret,
             "compiler_params": pltpu.CompilerParams(

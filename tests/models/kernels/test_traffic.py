@@ -10,6 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from narrows.models.kernels.attention import io, traffic
+from narrows.models.kernels.attention.call import Call, Spec
+from narrows.models.kernels.attention.tpu import tpu
+from narrows.models.kernels.attention.tpu_tile import Tiling
 from narrows.models.kernels.attention.traffic import kernels
 
 
@@ -258,6 +261,38 @@ def flash(query, key, value, block_q, block_k):
         ],
         interpret=True,
     )(query, key, value)
+
+
+def by_name(kernel):
+    """Bytes of the operands of the attention kernel; those of the mask left out."""
+    found = {x.name.split("'")[1]: x.bytes for x in kernel.operands if "'" in x.name}
+    out, logs = (x.bytes for x in kernel.operands if x.output)
+    reads = sum(found[name] for name in ("query", "key", "value"))
+    return reads + out + logs
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("heads", "rows", "keys"), [(1, 128, 128), (2, 256, 128)])
+def test_the_tpu_kernel_moves_what_the_model_says(is_causal, heads, rows, keys):
+    """To the byte, for whole tiles; the bounds of rows and the table come on top."""
+    t, s, h = 512, 384, 128
+    x, y = (jnp.ones((1, n, heads, h), jnp.bfloat16) for n in (t, s))
+    low = jnp.zeros((1, t), jnp.int32)
+    high = jnp.full((1, t), s, jnp.int32)
+    if is_causal:
+        high = jnp.minimum(jnp.arange(1, t + 1, dtype=jnp.int32)[None], s)
+
+    def run(query, key, value, low, high):
+        call, spec = Call(low, high), Spec(h**-0.5)
+        tiling = Tiling(rows, keys, keys, 128)
+        return tpu(query, key, value, call, spec, interpret=True, blocks=tiling)
+
+    (kernel,) = kernels(run, x, y, y, low, high)
+    first_keys, last_rows = np.arange(0, s, keys), np.arange(rows, t + 1, rows) - 1
+    visited = first_keys < np.asarray(high)[0, last_rows][:, None]
+    model = io.q_outer(t, s, h, io.Tile(rows, keys), visited, reuse=True)
+    assert by_name(kernel) == heads * model.bytes(WIDTHS)
+    assert is_causal == (not visited.all())
 
 
 WIDTHS = {"query": 2, "key": 2, "value": 2, "out": 2, "statistics": 4}
