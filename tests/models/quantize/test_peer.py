@@ -32,11 +32,8 @@ TABLE = RNG.normal(size=(3, CODES, WIDTH)).astype(np.float32)
 PLAIN = {"threshold_ema_dead_code": 0, "commitment_weight": 1.0}
 
 
-def close(ours, theirs, **tolerance):
-    theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else theirs
-    np.testing.assert_allclose(
-        ours, theirs, **({"rtol": 1e-4, "atol": 1e-5} | tolerance)
-    )
+def close(ours, theirs, rtol=1e-4, atol=1e-5):
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=rtol, atol=atol)
 
 
 def theirs_on(module, x=X):
