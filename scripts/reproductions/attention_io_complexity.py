@@ -88,7 +88,7 @@ def small(n: int, h: int, capacity: int) -> int:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+    return float(np.polyfit(*np.log(np.array([x, y], float)), 1)[0])
 
 
 def curves(scale: str, seed: int) -> Iterator[Row]:
