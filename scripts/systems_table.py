@@ -158,11 +158,13 @@ def main(argv: Sequence[str]) -> int:
     return 1 if f.check and stale else 0
 
 
-def write(path: pathlib.Path, text: str, *, check: bool) -> bool:
+def write(
+    path: pathlib.Path, text: str, *, check: bool, writer: str = "systems_table.py"
+) -> bool:
     """Write the file if it differs, or with `check` only say so; whether it did."""
     stale = not path.exists() or path.read_text() != text
     if stale and check:
-        print(f"{path.name} is stale: run python {sys.argv[0]}")
+        print(f"{path.name} is stale: run python scripts/{writer}")
     elif stale:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -35,8 +35,7 @@ from narrows.scripts.results import ROOT, Recorded
 
 SYSTEM = System(
     slug="fast_attention",
-    title="FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs "
-    "for Efficient Inference",
+    title="FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs",
     paper="arXiv:2410.16663, preprint 2024",
     room="models/kernels/",
     module="narrows.models.kernels.attention.schedules",
