@@ -154,7 +154,7 @@ def accelerators(scale: str, seed: int) -> Iterator[Row]:
 
 
 def chips(scale: str, seed: int) -> Iterator[Row]:
-    raise NotMeasured("needs a TPU compiler: scripts/benchmark.py --suite=tpu_budgets")
+    raise NotMeasured("needs a TPU compiler: scripts/benchmarks/tpu_budgets.py")
 
 
 CLAIMS = (
