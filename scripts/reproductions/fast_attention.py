@@ -259,7 +259,7 @@ CLAIMS = (
         "the AllReduce of a tile overlaps with the next tile",
         Law("reductions off tiles", 0.0),
         tiled_sum,
-        note="Falls short for two tiles, whose reductions the compiler merges into one.",
+        note="Falls short for two tiles: the compiler merges their reductions.",
     ),
     Claim(
         "bytes",
