@@ -9,7 +9,7 @@ memory stalls it. A tile costs its body and the control of a grid step; a line o
 its start and its end. Printed is the sum over the tiles that a causal head of 4,096
 tokens visits. The compiler is deterministic: figures above `results/tpu_budgets.tsv`
 are regressions, are named, and end the command with 1, as does a kernel that has no
-budget yet. --write sets the budgets to what is found.
+budget yet. --write sets the budgets to what is found. 4 minutes on a CPU core.
 """
 
 import csv
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool("write", False, "set the budgets", flag_values=f)
     flags.DEFINE_list("chip", list(TOPOLOGIES), "chips", flag_values=f)
     command.parse(f, argv, __doc__)
-    console = Console(highlight=False)
+    columns = None if sys.stdout.isatty() else 110
+    console = Console(highlight=False, width=columns)
     allowed = read(BUDGETS)
     found: dict[tuple[str, str, str], Cost] = {}
     with tempfile.TemporaryDirectory() as folder:
