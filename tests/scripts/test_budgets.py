@@ -4,7 +4,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from narrows.scripts.benchmarks import gpu_budgets, tpu_budgets
 
 PTX = """
@@ -155,3 +160,38 @@ def test_a_planted_regression_of_a_tpu_kernel_is_named(field, tmp_path):
     assert sentence.startswith(f"v5e forward 128: {field} is ")
     (sentence,) = tpu_budgets.exceeded({key: cost}, {})
     assert "has no budget" in sentence
+
+
+def test_fast_memory_read_is_what_a_kernel_asked_for():
+    """Two kernels that differ by 8 MiB of scratch alone, compiled for a v6e."""
+    pytest.importorskip("libtpu", reason="install the tpu extra to compile for TPUs")
+    for name, value in tpu_budgets.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=tpu_budgets.TOPOLOGIES["v6e"]
+    )
+    one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=one)
+
+    place = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=one)
+
+    def body(place, x, out, scratch):  # what lies where is known when it runs
+        scratch[pl.ds(8 * place[0], 8), :128] = x[...]
+        out[...] = scratch[pl.ds(8 * place[1], 8), :128]
+
+    def read(name, megabytes):
+        run = pl.pallas_call(
+            body,
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec()],
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            scratch_shapes=[pltpu.VMEM((megabytes * 256, 1024), jnp.float32)],
+            name=name,
+        )
+        text = jax.jit(run).lower(place, x).compile().as_text() or ""
+        return tpu_budgets.scoped_memory(text)[name]
+
+    small, large = (
+        read(n, m) for n, m in zip(tpu_budgets.KERNELS, (2, 10), strict=True)
+    )
+    assert large - small == 8 * 2**20
+    assert 2 * 2**20 <= small < 3 * 2**20
