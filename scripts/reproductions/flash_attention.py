@@ -13,7 +13,7 @@ faster yet in proportion where blocks are left out; longer context then buys qua
 Expected: error below 1e-5; temporaries with slopes 1 and 2 in the length; causal
 attention of 2048 tokens 3 to 6 times cheaper than plain, with gradients too. Baseline:
 the cheaper of our plain form and `jax.nn.dot_product_attention`, in every call.
-Hardware and time: two CPU cores; quick 2 minutes, full 15 minutes. Times are processor
+Hardware and time: two CPU cores; quick 5 minutes, full 15 minutes. Times are processor
 time, the sides taking turns.
 """
 
