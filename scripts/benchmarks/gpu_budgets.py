@@ -224,7 +224,7 @@ def program(case: Case, place) -> tuple[Callable[..., Any], tuple]:
             return tuple(struct(*y) for y in x)
         return struct(*x)
 
-    given = {name: arrays(x) for name, x in case.arrays.items()}
+    given: dict[str, Any] = {name: arrays(x) for name, x in case.arrays.items()}
     bound = struct((b, t), jnp.int32)
     call = Call(bound, bound, **given)
     spec = Spec(**{"scale": h**-0.5, **case.static})
