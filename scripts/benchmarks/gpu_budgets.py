@@ -225,7 +225,7 @@ def program(case: Case, place) -> tuple[Callable[..., Any], tuple]:
         return struct(*x)
 
     given: dict[str, Any] = {name: arrays(x) for name, x in case.arrays.items()}
-    bound = struct((b, t), jnp.int32)
+    bound: Any = struct((b, t), jnp.int32)
     call = Call(bound, bound, **given)
     spec = Spec(**{"scale": h**-0.5, **case.static})
     query, key = (struct((b, t, heads, h), case.dtype) for heads in (n, k))
