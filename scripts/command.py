@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
+from narrows.parallel.host_memory import keep_freed_memory
 
 
 class BadInput(SystemExit):
@@ -35,7 +36,11 @@ def bad_input():
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str], doc: str | None) -> None:
-    """Read argv into the flags; print the help and exit 0, or refuse and exit 2."""
+    """Read argv into the flags; print the help and exit 0, or refuse and exit 2.
+
+    Also the moment to tell the allocator how a command uses memory: before any thread.
+    """
+    keep_freed_memory()
     flags.DEFINE_bool(
         "help", False, "show this text", short_name="h", flag_values=values
     )

@@ -3,10 +3,15 @@
 Both have its exact shape (6 layers, 6 heads, width 384, context 256, batch 12,
 learned positions, gelu, layer norm, no bias, tied embedding, float32), AdamW and
 clipping, no dropout, and read the same tokens. The peer runs eagerly and compiled; the
-better counts.
+better counts. Ours runs on one device and, where there are several, on all of them with
+parameters and optimizer state spread (fsdp): on a CPU, one device a core keeps each
+core at work through the parts that are not matrix products:
+
+    JAX_NUM_CPU_DEVICES=2 python scripts/benchmark.py --suite=train --peer=<checkout>
 """
 
 import importlib.util
+import itertools
 import os
 import pathlib
 import sys
@@ -41,8 +46,13 @@ def define(values: flags.FlagValues) -> None:
 def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
     """One line: ratios to each peer, and the share of the attainable rate."""
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (16, ROWS, LENGTH + 1))
-    ours, parameters = our_step(tokens.astype(np.int32))
-    sides: dict[str, Callable[[], object]] = {"narrows": ours, "matmul": matmul()}
+    narrow = tokens.astype(np.int32)
+    plain, parameters = our_step(narrow, Layout())
+    ours = {"": plain}
+    count = len(jax.devices())
+    if count > 1 and ROWS % count == 0:
+        ours[f"{count}_devices_"] = our_step(narrow, Layout(fsdp=count))[0]
+    sides: dict[str, Callable[[], object]] = {"matmul": matmul(), **ours}
     if f.peer is None:
         console.print(HOW)
     else:
@@ -51,16 +61,15 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {"parameters": parameters, "rounds": f.rounds}
     work = step_operations(parameters)
     product_work = PRODUCTS * 2 * ROWS * LENGTH * WIDTH * (4 * WIDTH)
-    for clock in ("cpu", "wall"):
-        mine, product = (getattr(times[name], clock) for name in ("narrows", "matmul"))
+    for prefix, clock in itertools.product(ours, ("cpu", "wall")):
+        mine, product = (getattr(times[name], clock) for name in (prefix, "matmul"))
         # theirs / ours, where theirs is the time that the step's operations would take
         # at the rate of the matrix product
-        found[f"attained_{clock}"] = ratio(
-            mine, product * work / product_work
-        )._asdict()
-        for name in sides.keys() - {"narrows", "matmul"}:
+        attained = ratio(mine, product * work / product_work)
+        found[f"{prefix}attained_{clock}"] = attained._asdict()
+        for name in sides.keys() - ours.keys() - {"matmul"}:
             theirs = getattr(times[name], clock)
-            found[f"{name}_{clock}"] = ratio(mine, theirs)._asdict()
+            found[f"{prefix}{name}_{clock}"] = ratio(mine, theirs)._asdict()
     yield found
 
 
@@ -75,7 +84,8 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def our_step(tokens: np.ndarray) -> tuple[Callable[[], object], int]:
+def our_step(tokens: np.ndarray, layout: Layout) -> tuple[Callable[[], object], int]:
+    """A call that trains one step on the layout's devices; the parameters' count."""
     config = TransformerConfig(
         vocab_size=VOCABULARY,
         depth=DEPTH,
@@ -87,8 +97,7 @@ def our_step(tokens: np.ndarray) -> tuple[Callable[[], object], int]:
         tied=True,
     )
     parts = model_parts(config, "none")
-    layout = Layout()
-    mesh = make_mesh(layout, jax.devices()[:1])
+    mesh = make_mesh(layout, jax.devices()[: layout.fsdp])
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(1e-3, b1=0.9, b2=0.99, weight_decay=0.1),
