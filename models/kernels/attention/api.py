@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,19 @@ IMPLEMENTATIONS = {
 SHORT = 64
 
 
+@overload
+def attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    return_residual: Literal[True],
+    **rest: Any,
+) -> tuple[Array, Array]: ...
+@overload
+def attention(query, key, value, bias=None, mask=None, **rest: Any) -> Array: ...
 def attention(
     query: Float[ArrayLike, "*b t n h"],
     key: Float[ArrayLike, "*b s k h"],
@@ -148,7 +162,7 @@ def serve(implementation, query, key, value, call, spec):
     raise ExceptionGroup("attention: no implementation takes this call", refusals)
 
 
-def _form(name):
+def _form(name) -> Callable[..., tuple[Array, Array]]:
     if callable(name):
         return name
     if name not in IMPLEMENTATIONS:
@@ -254,8 +268,8 @@ def over(name, x, sizes):
 def _pair(segment_ids, b, t, s):
     if segment_ids is None:
         return None
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
-    pair = tuple(jnp.asarray(ids) for ids in pair)
+    own, theirs = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
+    pair = jnp.asarray(own), jnp.asarray(theirs)
     if [ids.shape for ids in pair] != [(b, t), (b, s)]:
         raise ValueError(
             f"segment_ids has shapes {[ids.shape for ids in pair]}; they must be "

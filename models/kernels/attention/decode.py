@@ -136,9 +136,8 @@ def decode_attention(
     out = out.swapaxes(1, 2).reshape(b, n, v)
     logs = logs.swapaxes(1, 2).reshape(b, n)
     if sinks is not None:
-        sinks = api.sinks_of(sinks, n)
-        sinks = jnp.broadcast_to(sinks, (b, n))
-        out, logs = merge(out, logs, jnp.zeros_like(out), sinks)
+        one_more = jnp.broadcast_to(jnp.asarray(api.sinks_of(sinks, n)), (b, n))
+        out, logs = merge(out, logs, jnp.zeros_like(out), one_more)
     out = out.astype(query.dtype).reshape(*shape[:-1], v)
     return (out, logs.reshape(shape[:-1])) if return_residual else out
 
