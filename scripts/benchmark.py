@@ -17,12 +17,21 @@ from collections.abc import Sequence
 
 from absl import flags
 from narrows.scripts import command, results
-from narrows.scripts.benchmarks import attention, attention_forms, quantize, train
+from narrows.scripts.benchmarks import (
+    attention,
+    attention_forms,
+    collapse,
+    exchange,
+    quantize,
+    train,
+)
 from rich.console import Console
 
 SUITES = {
     "attention": attention,
     "attention_forms": attention_forms,
+    "collapse": collapse,
+    "exchange": exchange,
     "quantize": quantize,
     "train": train,
 }
