@@ -45,8 +45,8 @@ EVALUATED = 500  # pictures at a time
 class Autoencoder(nnx.Module):
     def __init__(self, arm: str, codes: int, *, rngs: nnx.Rngs):
         self.encoder = Encoder(1, CHANNELS, rngs=rngs)
-        self.waist = waist(arm, codes, rngs=rngs)
         self.decoder = Decoder(CHANNELS[::-1], 1, rngs=rngs)
+        self.waist = waist(arm, codes, rngs=rngs)  # last: all else is drawn alike
 
 
 class Measured(NamedTuple):
