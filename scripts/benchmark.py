@@ -21,7 +21,6 @@ from narrows.scripts.benchmarks import (
     attention,
     attention_forms,
     collapse,
-    exchange,
     quantize,
     train,
 )
@@ -31,7 +30,6 @@ SUITES = {
     "attention": attention,
     "attention_forms": attention_forms,
     "collapse": collapse,
-    "exchange": exchange,
     "quantize": quantize,
     "train": train,
 }
