@@ -57,6 +57,9 @@ BLOCKS = {
     (4, 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 BLOCKS = {at: Blocks(*(Tiling(*cut) for cut in cuts)) for at, cuts in BLOCKS.items()}
+# Where tiles of a bias or a mask are loaded too, fewer loads in flight
+# and smaller tiles fit the shared memory of a chip.
+BESIDE = {(2, 128): Tiling(128, 64, 8, 2)}
 PROGRAMS = 264  # two for each multiprocessor of the largest chips
 
 
@@ -102,7 +105,10 @@ def gpu(
     _refuse(query, key, value, call, spec)
     if blocks is None:
         wide = max(_padded(query.shape[3]), _padded(value.shape[3]), 64)
-        blocks = BLOCKS[query.dtype.itemsize, wide]
+        at = query.dtype.itemsize, wide
+        blocks = BLOCKS[at]
+        if call.bias is not None or call.mask is not None:
+            blocks = blocks._replace(forward=BESIDE.get(at, blocks.forward))
     t, s = query.shape[1], key.shape[1]
     cuts = [c._replace(q=min(c.q, _padded(t)), k=min(c.k, _padded(s))) for c in blocks]
     job = Job(spec, Blocks(*cuts), interpret)
