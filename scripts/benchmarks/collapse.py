@@ -30,7 +30,7 @@ from narrows.data.images import load_images
 from narrows.models.convolution import Decoder, Encoder
 from narrows.models.quantize.layer import Quantize
 from narrows.models.quantize.table import QUANTIZERS, make_quantizer
-from narrows.models.quantize.updates import ema
+from narrows.models.quantize.updates import ema, revive
 from narrows.models.quantize.vq import vq
 from narrows.scripts import results
 from rich.console import Console
@@ -58,8 +58,8 @@ class Measured(NamedTuple):
 def waist(arm: str, codes: int, *, rngs: nnx.Rngs) -> Quantize:
     name, *tricks = arm.split("+")
     if name == "plain":
-        rules = {} if "revive" in tricks else {"rules": (ema(),)}
-        quantizer, unit = vq(CODE_WIDTH, codes, **rules), "unit" in tricks
+        rules = (ema(), revive()) if "revive" in tricks else (ema(),)
+        quantizer, unit = vq(CODE_WIDTH, codes, rules=rules), "unit" in tricks
     else:
         quantizer = make_quantizer(name, codes=codes)
         unit = QUANTIZERS[name].unit
@@ -114,7 +114,7 @@ def runner(arm: str, codes: int, steps: int) -> Callable[..., Measured]:
     times slower inside a compiled loop.
     """
     tx = optax.adam(LEARNING_RATE)
-    graph = None
+    graph = nnx.graphdef(Autoencoder(arm, codes, rngs=nnx.Rngs(0)))
 
     @jax.jit
     def step(params, rest, state, images):
@@ -144,14 +144,13 @@ def runner(arm: str, codes: int, steps: int) -> Callable[..., Measured]:
         return jnp.sum((model.decoder(out.z) - x) ** 2), counts
 
     def run(key: jax.Array, train: np.ndarray, test: np.ndarray) -> Measured:
-        nonlocal graph
         start, order, seed = jax.random.split(key, 3)
         model = Autoencoder(arm, codes, rngs=nnx.Rngs(seed))
         rows = np.asarray(jax.random.randint(order, (steps, BATCH), 0, len(train)))
         if arm.endswith("+start"):  # as many positions as four batches hold
             first = scaled(train[rows[: min(4, steps)].reshape(-1)])
             model.waist.start(start, model.encoder(first))
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
         state = tx.init(params)
         for chosen in rows:
             params, rest, state = step(params, rest, state, train[chosen])
