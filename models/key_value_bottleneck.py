@@ -1,0 +1,157 @@
+"""A memory of pairs between a frozen encoder and its classes (arXiv:2207.11240).
+
+Features are projected into c heads, each head finds its nearest key, and only the value
+of that key is read and learned. Keys come from features without labels and then never
+move, so what one class teaches leaves the cells of the others untouched.
+
+>>> places = projections(jax.random.key(0), 16, books=4, width=8)
+>>> features = jax.random.normal(jax.random.key(1), (256, 16))
+>>> keys = average_keys(jax.random.key(2), heads(places, features), 32, batch=64)
+>>> memory = empty(places, keys, 10)
+>>> memory, loss = learn(memory, features[:8], jnp.arange(8), rate=0.3)
+>>> vote(fetch(memory, features[:8])).shape
+(8, 10)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from .quantize.search import nearest
+from .quantize.updates import code_state, code_sums, ema, follow, revive
+
+FAR = 1e15  # where a key lies that must not be found; its square is still finite
+
+
+class Memory(NamedTuple):
+    """c books of k pairs; only `values` and `hits` change once keys are chosen."""
+
+    projections: Float[Array, "c d e"]
+    keys: Float[Array, "c k e"]
+    values: Float[Array, "c k v"]
+    hits: Int[Array, "c k"]  # samples that wrote each cell
+
+
+def projections(
+    key: jax.Array, d: int, *, books: int, width: int
+) -> Float[Array, "c d e"]:
+    """Normal numbers, each column over d of length 1."""
+    drawn = jax.random.normal(key, (books, d, width))
+    return drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def heads(
+    projections: Float[Array, "c d e"], features: Float[Array, "b d"]
+) -> Float[Array, "b c e"]:
+    """What each book sees of a feature, float32."""
+    precise = jax.lax.Precision.HIGHEST
+    features = features.astype(jnp.float32)
+    return jnp.einsum("bd,cde->bce", features, projections, precision=precise)
+
+
+def average_keys(
+    key: jax.Array,
+    x: Float[Array, "n c e"],
+    k: int,
+    *,
+    batch: int = 256,
+    passes: int = 10,
+    decay: float = 0.95,
+) -> Float[Array, "c k e"]:
+    """Keys that follow the averages of heads, from rows drawn by chance.
+
+    Every pass shows n // batch whole batches in a new order; keys that receive less
+    than a twentieth of the mean are split off full ones.
+
+    Raises: ValueError where `batch` exceeds the rows.
+    """
+    if not 0 < batch <= len(x):
+        raise ValueError(f"batch: {batch}, but must be from 1 to the {len(x)} rows")
+    rules = (ema(decay), revive())
+    start, order = jax.random.split(key)
+    orders = [
+        jax.random.permutation(row, len(x))[: len(x) // batch * batch]
+        for row in jax.random.split(order, passes)
+    ]
+    batches = jnp.concatenate(orders).reshape(-1, batch)
+
+    def book(key, x):
+        rows = jax.random.choice(key, len(x), (k,), replace=len(x) < k)
+
+        def show(state, rows):
+            seen = x[rows]
+            index = nearest(seen, state.codes)
+            square = jnp.sum((seen - state.codes[index]) ** 2, -1)
+            sums = code_sums(seen, index, square, jnp.ones(batch), k)
+            return follow(state, sums, rules)[0], None
+
+        return jax.lax.scan(show, code_state(x[rows], rules), batches)[0].codes
+
+    seeds = jax.random.split(start, x.shape[1])
+    return jax.vmap(book)(seeds, x.astype(jnp.float32).swapaxes(0, 1))
+
+
+def empty(
+    projections: Float[Array, "c d e"], keys: Float[Array, "c k e"], width: int
+) -> Memory:
+    """Values of `width` zeros; no cell was hit."""
+    values = jnp.zeros((*keys.shape[:2], width), jnp.float32)
+    return Memory(projections, keys, values, jnp.zeros(keys.shape[:2], jnp.int32))
+
+
+def find(
+    memory: Memory, features: Float[Array, "b d"], *, written: bool = True
+) -> Int[Array, "b c"]:
+    """The nearest key of each book; with `written` the nearest that was ever hit.
+
+    A book that was never hit answers with some cell in range.
+    """
+    keys = memory.keys
+    if written:
+        keys = jnp.where(memory.hits[..., None] > 0, keys, FAR)
+    x = heads(memory.projections, features)
+    return jax.vmap(nearest, in_axes=(1, 0), out_axes=1)(x, keys)
+
+
+def fetch(memory: Memory, features: Float[Array, "b d"]) -> Float[Array, "b c v"]:
+    """Values of the nearest cells that were ever hit."""
+    index = find(memory, features)
+    return memory.values[jnp.arange(len(memory.keys)), index]
+
+
+def vote(fetched: Float[Array, "b c v"]) -> Float[Array, "b v"]:
+    """The decoder without parameters: logits are the mean over books."""
+    return fetched.mean(1)
+
+
+def learn(
+    memory: Memory,
+    features: Float[Array, "b d"],
+    labels: Int[Array, " b"],
+    *,
+    rate: float,
+    decode: Callable[[jax.Array], jax.Array] = vote,
+) -> tuple[Memory, Float[Array, ""]]:
+    """A step of plain gradient descent on the values hit; the summed loss in nats.
+
+    The loss is summed, not averaged, and has no momentum, decay or clipping: a cell's
+    value depends on the samples that hit it and on the values they read beside it.
+
+    decode: from fetched values [b, c, v] to logits [b, classes]; it stays as it is.
+    """
+    index = find(memory, features, written=False)
+    books = jnp.arange(len(memory.keys))
+
+    def total(fetched):
+        logits = decode(fetched)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    loss, slope = jax.value_and_grad(total)(memory.values[books, index])
+    return memory._replace(
+        values=memory.values.at[books, index].add(-rate * slope),
+        hits=memory.hits.at[books, index].add(1),
+    ), loss
