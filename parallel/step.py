@@ -158,40 +158,20 @@ def make_step(
     if dict(mesh.shape) != dataclasses.asdict(layout):
         raise ValueError(f"mesh: has axes {dict(mesh.shape)}, but layout is {layout}")
 
-    def summed(params, rest, batch, key):
-        """Gradient and report of the rows at hand, microbatch by microbatch."""
-
-        def one(carry, xs):
-            index, rows = xs
-
-            def total(params):
-                out = loss(params, rest, rows, jax.random.fold_in(key, index))
-                return out.total, Report(out.total, out.weight, out.sums, out.stats)
-
-            grads, report = jax.grad(total, has_aux=True)(params)
-            new = (grads, report)
-            return (new if carry is None else jax.tree.map(jnp.add, carry, new)), None
-
-        if microbatches == 1:
-            return one(None, (0, batch))[0]
-        cut = jax.tree.map(lambda x: _cut(x, microbatches), batch)
-        first = jax.tree.map(lambda x: x[0], cut)
-        shape = jax.eval_shape(lambda rows: one(None, (0, rows))[0], first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-        return jax.lax.scan(one, zeros, (jnp.arange(microbatches), cut))[0]
+    summed = summed_gradients(loss, microbatches)
 
     def mean_gradients(state: TrainState, batch):
         key = jax.random.fold_in(state.key, state.step)
         grads, report = summed(state.params, state.rest, batch, key)
-        grads = jax.tree.map(lambda g: g / _counted(report.weight), grads)
-        return _place(grads, shardings(grads, mesh, rules)), report
+        grads = jax.tree.map(lambda g: g / counted(report.weight), grads)
+        return place(grads, shardings(grads, mesh, rules)), report
 
     def local_gradients(state: TrainState, batch):
         def worker(params, rest, rows, key):
             key = jax.random.fold_in(key, jax.lax.axis_index("data"))
             grads, report = summed(params, rest, rows, key)
             report = jax.lax.psum(report, "data")
-            scale = layout.data / _counted(report.weight)
+            scale = layout.data / counted(report.weight)
             return jax.tree.map(lambda g: (g * scale)[None], grads), report
 
         key = jax.random.fold_in(state.key, state.step)
@@ -228,7 +208,7 @@ def make_step(
         run = apply if gradients == "mean" else apply_local
         params, opt, norm = run(state.params, state.opt, grads)
         metrics = {"loss": report.total, **report.sums}
-        weight = _counted(report.weight)
+        weight = counted(report.weight)
         metrics = {name: value / weight for name, value in metrics.items()}
         metrics |= {"grad_norm": norm, **reports(opt)}
         rest = state.rest
@@ -236,7 +216,7 @@ def make_step(
             rest, said = advance(state.params, rest, report.stats)
             metrics |= said
         new = TrainState(params, rest, opt, state.step + 1, state.key)
-        return _place(new, state_shardings(new, mesh, rules)), metrics
+        return place(new, state_shardings(new, mesh, rules)), metrics
 
     take = mean_gradients if gradients == "mean" else local_gradients
 
@@ -255,6 +235,37 @@ def make_step(
     )
 
 
+def summed_gradients(loss: Callable, microbatches: int = 1) -> Callable:
+    """(params, rest, batch, key) -> (gradients, Report) of the rows at hand, as sums.
+
+    The rows are cut into microbatches, whose gradients and reports are added.
+    """
+
+    def summed(params, rest, batch, key):
+        """Gradient and report of the rows at hand, microbatch by microbatch."""
+
+        def one(carry, xs):
+            index, rows = xs
+
+            def total(params):
+                out = loss(params, rest, rows, jax.random.fold_in(key, index))
+                return out.total, Report(out.total, out.weight, out.sums, out.stats)
+
+            grads, report = jax.grad(total, has_aux=True)(params)
+            new = (grads, report)
+            return (new if carry is None else jax.tree.map(jnp.add, carry, new)), None
+
+        if microbatches == 1:
+            return one(None, (0, batch))[0]
+        cut = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+        first = jax.tree.map(lambda x: x[0], cut)
+        shape = jax.eval_shape(lambda rows: one(None, (0, rows))[0], first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        return jax.lax.scan(one, zeros, (jnp.arange(microbatches), cut))[0]
+
+    return summed
+
+
 def _cut(x: jax.Array, microbatches: int) -> jax.Array:
     """[b, ...] -> [m, b/m, ...]; microbatch j takes rows j, j+m, ..., so none moves."""
     if x.shape[0] % microbatches:
@@ -265,12 +276,13 @@ def _cut(x: jax.Array, microbatches: int) -> jax.Array:
     return constrain(x, None, BATCH)
 
 
-def _counted(weight: jax.Array) -> jax.Array:
+def counted(weight: jax.Array) -> jax.Array:
     """1 for a batch of padding alone: its sums are 0, and 0 / 0 would spoil all."""
     return jnp.where(weight == 0, 1.0, weight)
 
 
-def _place(tree, places):
+def place(tree, places):
+    """Ask that leaves lie at `places`; the identity on one device."""
     if jax.sharding.get_abstract_mesh().size == 1:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, places)
