@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ...parallel.state import PerWorkerMean, replicate
-from ..compressed_mean import PLAIN, CompressedMean, MeanState, compressed_mean
+from ..compressed_mean import CompressedMean
 from .outer import Outer, rms
 
 
@@ -48,7 +48,7 @@ class RoundsState(NamedTuple):
     own: PerWorkerMean  # Worker, of each worker
     anchors: tuple[Anchor, ...]
     arriving: tuple[Any, ...]  # stale methods: d, float32, perhaps still on its way
-    memory: tuple[MeanState, ...]  # residuals of a compressed exchange
+    memory: tuple[Any, ...]  # MeanState of a compressed exchange, else ()
 
 
 class Rounds(NamedTuple):
@@ -57,7 +57,7 @@ class Rounds(NamedTuple):
     init: Callable[[PyTree], RoundsState]  # params -> state of all workers
     step: Callable  # (Worker, grads) -> Worker
     depart: Callable  # (params, Worker, k) -> d_i
-    exchange: Callable  # (d_i, MeanState, number, k) -> (d, MeanState)
+    exchange: Callable  # (d_i, memory, number, k) -> (d, memory)
     arrive: Callable  # (params, Worker, d, Anchor, k) -> (params, Worker, Anchor)
     due: Callable[[int], list[int]]  # steps done -> fragments that meet now
     every: int
@@ -96,10 +96,7 @@ def local_updates(
             f"fragments: {fragments}, but it must lie in 1 to every={every}: two "
             "fragments never meet after the same step"
         )
-    if mean is None:
-        mean = compressed_mean(
-            PLAIN, workers=workers, axis_name=axis_name, topology="dense"
-        )
+    send = _dense(axis_name) if mean is None else mean.mean
 
     def part(tree, k):
         return take(tree, fragments, k)
@@ -120,7 +117,7 @@ def local_updates(
                 Anchor(outer.tx.init(p), jnp.float32(0), jnp.int32(0)) for p in parts
             ),
             tuple(zeros) if outer.stale else ((),) * fragments,
-            tuple(mean.init(z) for z in zeros),
+            tuple(mean.init(z) if mean else () for z in zeros),
         )
 
     def step(worker: Worker, grads) -> Worker:
@@ -134,9 +131,9 @@ def local_updates(
             part(worker.params, k),
         )
 
-    def exchange(d, state: MeanState, number, k: int):
+    def exchange(d, state, number, k: int):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), k), number)
-        return mean.mean(d, state, key)
+        return send(d, state, key)
 
     def arrive(params, worker: Worker, d, anchor: Anchor, k: int):
         mine = part(params, k)
@@ -158,6 +155,16 @@ def local_updates(
         ]
 
     return Rounds(init, step, depart, exchange, arrive, due, every, outer.stale)
+
+
+def _dense(axis_name: str) -> Callable:
+    """The exact mean: each leaf as it lies, so that inner axes have nothing to do."""
+
+    def mean(tree, state, key):
+        del key
+        return jax.lax.pmean(tree, axis_name), state
+
+    return mean
 
 
 def take(tree: PyTree, fragments: int, k: int) -> PyTree:
