@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -264,6 +265,21 @@ def summed_gradients(loss: Callable, microbatches: int = 1) -> Callable:
         return jax.lax.scan(one, zeros, (jnp.arange(microbatches), cut))[0]
 
     return summed
+
+
+def mean_of_mine(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """A step's metrics on the host; where workers have their own, the mean of ours.
+
+    Those of other processes are not asked for, so nothing waits for one.
+    """
+    mine = {
+        name: [shard.data for shard in x.addressable_shards] if x.ndim else [x]
+        for name, x in metrics.items()
+    }
+    return {
+        name: float(np.mean(np.asarray(parts, np.float64).ravel()))
+        for name, parts in jax.device_get(mine).items()
+    }
 
 
 def _cut(x: jax.Array, microbatches: int) -> jax.Array:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
+from rich.console import Console
+
 from narrows.scripts import command, results
 from narrows.scripts.benchmarks import (
     attention,
@@ -24,7 +26,6 @@ from narrows.scripts.benchmarks import (
     quantize,
     train,
 )
-from rich.console import Console
 
 SUITES = {
     "attention": attention,

@@ -18,6 +18,7 @@ import matplotlib as mpl
 from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
 from narrows.scripts import claims, command, results
 from narrows.scripts.runlog import draw_run, read_rows
 

@@ -1,18 +1,25 @@
 """The flags of the optimizer, and the transformation that they make."""
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import optax
 from absl import flags
+from jax.sharding import Mesh
+
+from narrows.optim.local_updates.step import make_local_step
 from narrows.optim.table import LOCAL, OPTIMIZERS, make_optimizer, warmup_cosine
 from narrows.parallel.layout import Layout
+from narrows.parallel.step import make_step
+from narrows.scripts.outer_flags import define_outer, pace_of, rounds_of
 
 
 class Chosen(NamedTuple):
-    tx: optax.GradientTransformation
+    tx: Any  # optax.GradientTransformation, or Rounds: `create_state` takes either
     schedule: optax.Schedule
-    gradients: Literal["mean", "local"]  # what it takes: see `parallel.step`
+    make: Callable  # of the step, with the arguments of `parallel.step.make_step`
+    ask_every: int  # steps between two questions whether any process should stop
 
 
 def define_optimizer(f: flags.FlagValues) -> None:
@@ -25,10 +32,17 @@ def define_optimizer(f: flags.FlagValues) -> None:
     real("weight_decay", 0.1, "of kernels and embeddings", 0.0)
     real("clip", 1.0, "global gradient norm", 0.0)
     integer("freeze_step", None, "compress from here; default: once v has settled", 1)
+    define_outer(f)
 
 
-def optimizer_of(f: flags.FlagValues, width: int, layout: Layout) -> Chosen:
-    """Raises ValueError for flags that do not go together."""
+def optimizer_of(
+    f: flags.FlagValues, width: int, layout: Layout, mesh: Mesh, parts, folder
+) -> Chosen:
+    """What the flags ask for; --outer_every=auto is replaced by what was measured.
+
+    `parts` are the model's, `folder` holds the run's checkpoints. Raises ValueError for
+    flags that do not go together.
+    """
     rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
     warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
     schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
@@ -47,4 +61,25 @@ def optimizer_of(f: flags.FlagValues, width: int, layout: Layout) -> Chosen:
         freeze_step=f.freeze_step,
         earliest=warmup,
     )
-    return Chosen(tx, schedule, "local" if local else "mean")
+    if f.outer == "none":
+        make = functools.partial(make_step, gradients="local" if local else "mean")
+        return Chosen(tx, schedule, make, 10)
+    if local or f.waist != "none":
+        raise ValueError(
+            f"outer: {f.outer} takes an --optimizer of {', '.join(OPTIMIZERS)} and "
+            f"--waist=none, since its steps exchange nothing; they are {f.optimizer} "
+            f"and {f.waist}"
+        )
+    pace = pace_of(f, folder, parts, tx, layout, mesh)
+    if pace.said:
+        print(pace.said, flush=True)
+        f.outer_every = str(pace.every)
+    rounds = rounds_of(f.flag_values_dict(), tx, layout.data)
+
+    def make(loss, rounds, layout, mesh, *, microbatches, advance):
+        del advance  # of what learns from sums: there is none
+        return make_local_step(loss, rounds, layout, mesh, microbatches=microbatches)
+
+    # Processes ask by a collective, which would wait for an exchange on its way; so
+    # they do it where a checkpoint waits for that anyway.
+    return Chosen(rounds, schedule, make, f.checkpoint_every)

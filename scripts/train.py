@@ -22,11 +22,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import flags
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
 from narrows.data.text import batches, load_corpus
 from narrows.parallel.checkpoint import Checkpoints
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
 from narrows.parallel.state import restore
-from narrows.parallel.step import abstract_state, create_state, make_step
+from narrows.parallel.step import abstract_state, create_state, mean_of_mine
 from narrows.scripts import command, results
 from narrows.scripts.model_flags import (
     config_of,
@@ -40,8 +43,6 @@ from narrows.scripts.runlog import RunLog, bits_per_byte, draw_run, read_rows
 from narrows.scripts.stopping import noted_signals, stop_asked
 from narrows.scripts.trained import check_same_run, model_of, sample_text
 from narrows.scripts.validation import validation_nats
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 COLUMNS = (
     *Progress.get_default_columns()[:2],
@@ -110,7 +111,8 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         parts = restore_parts(record)
         width: int = config_of(record).width  # type: ignore
-        tx, schedule, gradients = optimizer_of(f, width, layout)
+        folder = workdir / "checkpoints"
+        tx, schedule, make, ask = optimizer_of(f, width, layout, mesh, parts, folder)
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,
             "model": record,
@@ -118,6 +120,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             "batch_size": f.batch_size,
             "seq_len": f.seq_len,
             "optimizer": f.optimizer,
+            "outer": f.outer,
         }
         source = f.data and str(pathlib.Path(f.data).expanduser().absolute())
         meta = same | {
@@ -126,7 +129,6 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             "mesh": str(layout),
             **results.provenance(),
         }
-        folder = workdir / "checkpoints"
         checkpoints = Checkpoints(folder, keep=f.keep, best="validation")
         first = checkpoints.latest or 0
         last = min(f.stop_at or f.steps, f.steps)
@@ -146,12 +148,11 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             shard=shard,
             start=first,
         )
-        step = make_step(
+        step = make(
             parts.loss,
             tx,
             layout,
             mesh,
-            gradients=gradients,
             microbatches=f.microbatches,
             advance=parts.advance,
         )
@@ -184,7 +185,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     def settle(done: int, metrics: dict[str, jax.Array]) -> None:
         """Fetch and log the metrics of an update; refuse to go on from a broken one."""
         nonlocal clock
-        got = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        got = mean_of_mine(metrics)
         nats, norm = got.pop("nats"), got.pop("grad_norm")
         now, clock = clock, time.perf_counter()
         if not math.isfinite(got["loss"] + norm):
@@ -247,7 +248,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         task = bar.add_task(
             "train", total=last, completed=first, bits="-", waist="-", speed="-"
         )
-        while done < last and not stop_asked(stops, done):
+        while done < last and not stop_asked(stops, done, every=ask):
             mark(done, state)
             state, metrics = step.fused(state, place_batch(next(stream), mesh))
             done += 1

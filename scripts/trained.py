@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+
 from narrows.data.tokens import Tokenizer, make_tokenizer
 from narrows.models.generate import generate
 from narrows.models.transformer import Transformer
@@ -15,6 +16,7 @@ from narrows.parallel.layout import Layout, make_mesh
 from narrows.parallel.state import restore
 from narrows.parallel.step import TrainState, abstract_state
 from narrows.scripts.model_flags import restore_parts
+from narrows.scripts.outer_flags import rounds_of
 
 
 class Trained(NamedTuple):
@@ -35,7 +37,9 @@ def load_trained(
         raise ValueError(f"workdir: {workdir} holds no checkpoints; train there first")
     found = inspect(folder, step)
     mesh = make_mesh(Layout(), jax.devices()[:1]) if mesh is None else mesh
-    tx = make_optimizer(found.meta["optimizer"], lambda count: 0.0 * count)
+    tx: Any = make_optimizer(found.meta["optimizer"], lambda count: 0.0 * count)
+    if found.meta.get("outer", "none") != "none":
+        tx = rounds_of(found.meta["flags"], tx, 1)
     init = restore_parts(found.meta["model"]).init
     with Checkpoints(folder) as checkpoints:
         target = abstract_state(init, tx, 0, mesh)

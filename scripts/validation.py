@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
+
 from narrows.data.text import Corpus, windows
 from narrows.parallel.layout import place_batch
 
