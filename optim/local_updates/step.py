@@ -8,7 +8,8 @@ takes what it returns. What is on its way is an array of the state like any othe
 checkpoint waits for it and keeps it.
 
 Accelerators run one program after the other, so there a whole round must be one
-program, `round`, inside which the compiler lets the exchange run beside the steps.
+program, `round`. In it the exchange is a ring of hops, some in every step, since it is
+single sends that compilers let run beside other operations.
 """
 
 import dataclasses
@@ -17,12 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ...parallel.layout import Layout
+from ...parallel.ring_mean import ring_mean
 from ...parallel.rules import TRANSFORMER, Rule, follow, shardings
 from ...parallel.state import PerWorkerMean, own, specs, stacked
 from ...parallel.step import Program, TrainState, counted, place, summed_gradients
@@ -173,17 +176,41 @@ def make_local_step(
         return state, metrics
 
     def whole_round(state: TrainState, batches):
-        if len(state.opt.anchors) > 1:
-            raise ValueError("fragments: meet within a round, which `round` cannot do")
-        state = meeting(state, 0, depart, exchange, arrive)
+        """A meeting and `every` steps; a stale method's exchange goes hop by hop."""
+        if len(state.opt.anchors) > 1 or jax.tree.leaves(state.opt.memory):
+            raise ValueError(
+                "fragments, mean: a round in one program has one fragment, exchanged "
+                "without compression; use `fused`"
+            )
+        sent = []  # d, where its exchange is to be hidden
 
-        def one(carry, batch):
-            mine, number = carry
+        def put_off(d, memory, number, k):
+            sent.append(d[0])
+            return None, memory
+
+        travel = put_off if rounds.stale else exchange
+        state = meeting(state, 0, depart, travel, arrive)
+        every = len(jax.tree.leaves(batches)[0])
+        places = shardings(state.params, mesh, rules)
+        ring = ring_mean(state.params, jax.tree.map(lambda s: s.spec, places), mesh)
+        chunks = ring.begin(sent[0]) if sent else ()
+        each = -(-ring.hops // every)  # hops a step
+
+        def one(carry, xs):
+            (mine, number, chunks), (turn, batch) = carry, xs
+            for hop in range(each if sent else 0):
+                chunks = ring.hop(chunks, turn * each + hop)
             mine, number, metrics = local(mine, state.rest, number, state.key, batch)
-            return (mine, number), metrics
+            return (mine, number, chunks), metrics
 
-        (mine, number), metrics = lax.scan(one, (state.opt.own, state.step), batches)
-        return state._replace(opt=state.opt._replace(own=mine), step=number), metrics
+        start = state.opt.own, state.step, chunks
+        (mine, number, chunks), metrics = lax.scan(
+            one, start, (jnp.arange(every), batches)
+        )
+        opt = state.opt._replace(own=mine)
+        if sent:
+            opt = opt._replace(arriving=(ring.end(chunks),))
+        return state._replace(opt=opt, step=number), metrics
 
     def evaluate(state: TrainState, batch):
         out = loss(state.params, state.rest, batch, state.key)

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from narrows.models.language_model import model_parts
 from narrows.models.transformer import TransformerConfig
+from narrows.optim.local_updates.outer import make_outer
+from narrows.optim.local_updates.rounds import local_updates
+from narrows.optim.local_updates.step import make_local_step
 from narrows.parallel.layout import Layout, batch_sharding, make_mesh
 from narrows.parallel.step import abstract_state, make_step
 from narrows.parallel.wire import collectives, summary
@@ -51,3 +56,29 @@ def test_the_step_compiles_for_a_slice_of_eight(devices):
     sent = summary(collectives(compiled, mesh))
     crossed = {axis for _, axes in sent for axis in axes}
     assert crossed == {"data", "fsdp", "tensor"}
+
+
+def test_a_stale_exchange_travels_beside_the_steps(devices):
+    """In the loop of steps a send starts before the layers and is done after them, and
+    nothing else crosses data."""
+    every = 4
+    layout = Layout.parse("data=8")
+    mesh = make_mesh(layout, devices)
+    config = TransformerConfig(
+        depth=2, width=128, heads=2, dtype=jnp.bfloat16, scan=True
+    )
+    parts = model_parts(config, "none")
+    rounds = local_updates(optax.adamw(1e-3), make_outer("co2"), workers=8, every=every)
+    step = make_local_step(parts.loss, rounds, layout, mesh)
+    state = abstract_state(parts.init, rounds, 0, mesh)
+    place = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    rows = jax.ShapeDtypeStruct((every, 8, 128), jnp.int32, sharding=place)
+    compiled = step.round.lower(state, {"tokens": rows, "targets": rows}).compile()
+    assert {c.kind for c in collectives(compiled, mesh)} == {"collective-permute"}
+    between = []
+    for body in compiled.as_text().split("\n}\n"):
+        _, _, rest = body.partition(" collective-permute-start(")
+        if rest:
+            between.append(rest.partition(" collective-permute-done(")[0])
+    assert between
+    assert any(text.count("dot_general") > 4 for text in between)  # named by fusions
