@@ -1,4 +1,4 @@
-"""Workers that exchange once in many steps, one round late, train as well and wait less.
+"""Workers that exchange rarely and one round late train as well, and wait less.
 
 Paper: W. Sun, Z. Qin, W. Sun and others, "CO2: Efficient Distributed Training with Full
 Communication-Computation Overlap", ICLR 2024, arXiv:2401.16265.
@@ -42,7 +42,7 @@ SYSTEM = System(
     paper="arXiv:2401.16265, ICLR 2024",
     room="optim/",
     module="narrows.optim.local_updates",
-    summary="local steps, an exchange one round late, a gap penalty, a clipped momentum",
+    summary="local steps, an exchange one round late, gap penalty, clipped momentum",
 )
 NO_GAP = {"gap": lambda moved, usual: jnp.ones(())}
 FREE = {"clip": math.inf} | NO_GAP  # neither the penalty nor the clip
@@ -144,7 +144,7 @@ SETTINGS = (
 
 
 def quadratics(scale: str, seed: int) -> Iterator[Row]:
-    """Eight workers, 50 curvatures from 1 to e^-4, noisy gradients, 150 rounds of 12."""
+    """Eight workers, 50 curvatures from 1 to e^-4, noise, 150 rounds of 12 steps."""
     del scale
     rng = np.random.default_rng([seed, 2])
     curves = jnp.asarray(np.exp(-rng.uniform(0, 4, 50)), jnp.float32)
@@ -294,7 +294,7 @@ CLAIMS = (
     ),
     Claim(
         "clip",
-        "noisy quadratics, rate 1, momentum 0.5, where the penalty alone is not enough: "
+        "noisy quadratics, rate 1, momentum 0.5, where the penalty alone is too little: "
         "the clip bounds what diverges without it",
         "clipping keeps outer momentum from blowing up",
         Ratio("rate 1, momentum 0.5", "method", "no clip", at_most=0.5),
