@@ -294,7 +294,7 @@ CLAIMS = (
     ),
     Claim(
         "clip",
-        "noisy quadratics, rate 1, momentum 0.5, where the penalty alone is too little: "
+        "noisy quadratics, rate 1, momentum 0.5, where the penalty alone fails: "
         "the clip bounds what diverges without it",
         "clipping keeps outer momentum from blowing up",
         Ratio("rate 1, momentum 0.5", "method", "no clip", at_most=0.5),
