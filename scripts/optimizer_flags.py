@@ -1,24 +1,34 @@
 """The flags of the optimizer, and the transformation that they make."""
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import optax
 from absl import flags
-from narrows.optim.table import LOCAL, OPTIMIZERS, make_optimizer, warmup_cosine
+from narrows.optim.table import (
+    LOCAL,
+    OPTIMIZERS,
+    SHARDED,
+    make_optimizer,
+    warmup_cosine,
+)
 from narrows.parallel.layout import Layout
+from narrows.parallel.rules import TRANSFORMER, Rule, whole_over
 
 
 class Chosen(NamedTuple):
+    name: str  # in the table: over fsdp one_bit_adam is sharded_one_bit_adam
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     gradients: Literal["mean", "local"]  # what it takes: see `parallel.step`
+    rules: Sequence[Rule]  # where its parameters lie
 
 
 def define_optimizer(f: flags.FlagValues) -> None:
     real = functools.partial(flags.DEFINE_float, flag_values=f)
     integer = functools.partial(flags.DEFINE_integer, flag_values=f)
-    names = [*OPTIMIZERS, *LOCAL]
+    names = [*OPTIMIZERS, *LOCAL, *SHARDED]
     flags.DEFINE_enum("optimizer", "adamw", names, "by name", flag_values=f)
     real("learning_rate", None, "peak; default 0.03 / width**0.5", 0.0)
     integer("warmup", None, "steps; default 5 % of --steps, at least 10", 0)
@@ -32,19 +42,29 @@ def optimizer_of(f: flags.FlagValues, width: int, layout: Layout) -> Chosen:
     rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
     warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
     schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
-    local = f.optimizer in LOCAL
-    if local and layout.data == 1 < layout.size:
+    name, inside = f.optimizer, layout.data == 1 < layout.size
+    if name in LOCAL and inside and layout.fsdp > 1:
+        name = f"sharded_{name}"
+    if inside and name not in {**OPTIMIZERS, **SHARDED}:
         raise ValueError(
             f"mesh: {layout}, but {f.optimizer} compresses what goes over data, which "
             "is one device here; give data some, or take another --optimizer"
+            + (f" ({', '.join(SHARDED)} compress over fsdp)" if layout.fsdp > 1 else "")
+        )
+    if name in SHARDED and layout.data > 1:
+        raise ValueError(
+            f"mesh: {layout}, but {name} compresses what goes over fsdp; give fsdp the "
+            "devices of data, or take another --optimizer"
         )
     tx = make_optimizer(
-        f.optimizer,
+        name,
         schedule,
         weight_decay=f.weight_decay,
         clip=f.clip,
-        workers=layout.data,
+        workers=layout.fsdp if name in SHARDED else layout.data,
         freeze_step=f.freeze_step,
         earliest=warmup,
     )
-    return Chosen(tx, schedule, "local" if local else "mean")
+    gradients = "mean" if name in OPTIMIZERS else "local"
+    rules = whole_over(TRANSFORMER, "fsdp") if name in SHARDED else TRANSFORMER
+    return Chosen(name, tx, schedule, gradients, rules)

@@ -110,14 +110,14 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         parts = restore_parts(record)
         width: int = config_of(record).width  # type: ignore
-        tx, schedule, gradients = optimizer_of(f, width, layout)
+        name, tx, schedule, gradients, rules = optimizer_of(f, width, layout)
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,
             "model": record,
             "seed": f.seed,
             "batch_size": f.batch_size,
             "seq_len": f.seq_len,
-            "optimizer": f.optimizer,
+            "optimizer": name,
         }
         source = f.data and str(pathlib.Path(f.data).expanduser().absolute())
         meta = same | {
@@ -132,10 +132,10 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         last = min(f.stop_at or f.steps, f.steps)
         traced = profile_range(f.profile_steps, first=first, last=last)
         if checkpoints.latest is None:
-            state = create_state(parts.init, tx, f.seed, mesh)
+            state = create_state(parts.init, tx, f.seed, mesh, rules)
         else:
             check_same_run(folder, same)
-            target = abstract_state(parts.init, tx, f.seed, mesh)
+            target = abstract_state(parts.init, tx, f.seed, mesh, rules)
             state, _ = restore(checkpoints, target, step=first, expect=same)
         stream = batches(
             corpus,
@@ -154,6 +154,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             gradients=gradients,
             microbatches=f.microbatches,
             advance=parts.advance,
+            rules=rules,
         )
         rates = np.asarray(jax.vmap(schedule)(np.arange(f.steps)))
         log = RunLog(workdir, step=first) if chief else None
