@@ -14,6 +14,7 @@ whose link passes --megabits (0: as it is); where namespaces are not permitted t
 said, and all is measured over loopback as it is. About 10 minutes on 2 CPU cores.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -21,6 +22,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
@@ -66,11 +68,21 @@ def define(values: flags.FlagValues) -> None:
 
 
 def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
-    """A line for each method's loss, then for each link and each method on it."""
+    """A line for each method's loss, then for each link and each method on it.
+
+    Of several processes that were started from outside, the first alone tells.
+    """
+    command.join_processes(f)
+    if f.mesh is not None and jax.process_index():
+        collections.deque(_measure(f, Console(quiet=True)), maxlen=0)
+    else:
+        yield from _measure(f, console)
+
+
+def _measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
     if unknown := set(f.methods) - set(NAMES):
         raise ValueError(f"methods: {min(unknown)!r} is none of {', '.join(NAMES)}")
     methods = ["adam", *(name for name in f.methods if name != "adam")]
-    command.join_processes(f)
     with contextlib.ExitStack() as stack:
         ask, rates = _bench(f, console, stack)
         facts = ask("facts") | {"length": 256, "rows": f.exchange_rows}
