@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from ..parallel.state import Reported
+from .clipping import clip_local, learn_spread
 from .compressed_mean import MeanState, Way, compressed_mean
 from .signs import sign
 from .switch import Switch, init_switch, is_frozen, look
@@ -40,7 +41,9 @@ class OneBitAdamState(NamedTuple):
 ONE_BIT = Way("feedback", sign())
 
 
-def root(nu: PyTree, eps: float, floor: float) -> PyTree:
+def root(
+    nu: PyTree, eps: float, floor: float, mean: Callable[[Array], Array] = jnp.mean
+) -> PyTree:
     """sqrt(v) + eps of a frozen v, nowhere below `floor` of its mean over the leaf.
 
     Where no gradient came before v froze (a word not yet read) it is 0, and the first
@@ -48,7 +51,7 @@ def root(nu: PyTree, eps: float, floor: float) -> PyTree:
     """
 
     def of(v):
-        return jnp.sqrt(jnp.maximum(v, floor * jnp.mean(v))) + eps
+        return jnp.sqrt(jnp.maximum(v, floor * mean(v))) + eps
 
     return jax.tree.map(of, nu)
 
@@ -88,16 +91,16 @@ def scale_by_one_bit_adam(
         )
 
     def warm(grads, state: OneBitAdamState):
-        local = optax.tree.norm(grads, squared=True)
+        local = grads
         grads = lax.pmean(grads, axis_name)
         norm = optax.tree.norm(grads)
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         updates, moments = adam.update(grads, state.adam)
-        local = jnp.sqrt(lax.pmean(local, axis_name))
-        ratio = jnp.where(norm > 0, local / jnp.where(norm > 0, norm, 1), 1)
         share = jnp.maximum(1 - b2, 1 / moments.count)  # a plain mean at first
-        spread = state.spread + share * (ratio - state.spread)
+        spread = learn_spread(
+            state.spread, local, norm, share=share, axis_name=axis_name
+        )
         switch = look(
             state.switch,
             moments.count,
@@ -111,9 +114,7 @@ def scale_by_one_bit_adam(
 
     def compressed(grads, state: OneBitAdamState):
         if clip is not None:
-            local = lax.pmean(optax.tree.norm(grads, squared=True), axis_name)
-            norm = jnp.sqrt(local) / state.spread
-            grads = optax.tree.scale(clip / jnp.maximum(norm, clip), grads)
+            grads = clip_local(grads, state.spread, clip, axis_name=axis_name)
         moments = state.adam
         count = optax.safe_increment(moments.count)
         nu = optax.tree.bias_correction(moments.nu, b2, state.switch.frozen_at)

@@ -1,7 +1,8 @@
 """The table of optimizers: name -> optax transformation, with clipping and a schedule.
 
 A new optimizer is one file beside this one and one line here. Those of LOCAL take every
-worker's own gradients and exchange them themselves.
+worker's own gradients and exchange them themselves, over data; those of SHARDED over
+fsdp, with their state and the parameters proper in shards.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from .compressed_mean import compressed_mean
 from .compressed_sgd import FOUR_BITS, exchange
 from .one_bit_adam import one_bit_adam
 from .one_bit_lamb import one_bit_lamb
+from .sharded_optimizers import sharded_one_bit_adam, sharded_sgd
 from .zero_one_adam import zero_one_adam
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -71,6 +73,24 @@ LOCAL: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def _sharded_sgd(rate, decay, mask, *, workers, clip, freeze_step, earliest):
+    del earliest
+    if freeze_step is not None:
+        raise ValueError(
+            f"freeze_step: {freeze_step}, but sharded_compressed_sgd has no second "
+            "moment"
+        )
+    return sharded_sgd(rate, workers=workers, weight_decay=decay, mask=mask, clip=clip)
+
+
+SHARDED: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sharded_one_bit_adam": lambda rate, decay, mask, **options: sharded_one_bit_adam(
+        rate, b1=0.9, b2=0.99, weight_decay=decay, mask=mask, **options
+    ),
+    "sharded_compressed_sgd": _sharded_sgd,
+}
+
+
 def warmup_cosine(peak: float, *, steps: int, warmup: int) -> optax.Schedule:
     """Linear to `peak` over `warmup` steps, then a cosine to peak/10 at `steps`."""
     warmup = min(warmup, steps)
@@ -104,16 +124,19 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """An optimizer by name, after clipping the global gradient norm to `clip`.
 
-    Those of LOCAL exchange the gradients of `workers` on the axis "data", and compress
-    after `freeze_step` updates, or once settled but not before `earliest`.
+    Those of LOCAL exchange the gradients of `workers` on the axis "data", those of
+    SHARDED on "fsdp", and compress after `freeze_step` updates, or once settled but not
+    before `earliest`.
 
     >>> tx = make_optimizer("adamw", warmup_cosine(1e-3, steps=100, warmup=10))
     """
-    if name in LOCAL:
+    exchanging = LOCAL | SHARDED
+    if name in exchanging:
         options = {"clip": clip, "freeze_step": freeze_step, "earliest": earliest}
-        return LOCAL[name](rate, weight_decay, matrices, workers=workers, **options)
+        make = exchanging[name]
+        return make(rate, weight_decay, matrices, workers=workers, **options)
     if name not in OPTIMIZERS:
-        said = ", ".join([*OPTIMIZERS, *LOCAL])
+        said = ", ".join([*OPTIMIZERS, *exchanging])
         raise ValueError(f"optimizer: {name!r}, but allowed are {said}")
     if freeze_step is not None:
         raise ValueError(

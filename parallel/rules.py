@@ -42,6 +42,30 @@ TRANSFORMER = (
 )
 
 
+def whole_over(rules: Sequence[Rule], axis: str) -> tuple[Rule, ...]:
+    """The same rules with nothing over one axis: every device along it holds all."""
+
+    def without(entry):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        left = tuple(name for name in names if name != axis)
+        return left[0] if len(left) == 1 else left or None
+
+    return tuple(
+        rule
+        if rule.axes is None
+        else Rule(rule.pattern, tuple(map(without, rule.axes)))
+        for rule in rules
+    )
+
+
+def worker_axis(mesh: Mesh) -> str:
+    """Over what workers lie that exchange gradients themselves.
+
+    That is data, or fsdp where data is one device; `follow` places their state there.
+    """
+    return "fsdp" if mesh.shape["data"] == 1 < mesh.shape["fsdp"] else "data"
+
+
 def name_of(path) -> str:
     """The logical name of a leaf, `a/b/0`, whatever containers hold it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -92,7 +116,7 @@ def follow(tree, params, placed):
     """Shardings of optimizer state: a leaf goes with the parameter that ends its name.
 
     `placed` holds the shardings of `params`. Scalars are whole. Per-worker state has
-    its first dimension over data, and the others as its parameter's if it has one.
+    its first dimension over `worker_axis`, the others as its parameter's if it has one.
     Raises ValueError for any other array: its place must be stated, not guessed.
     """
     shapes = jax.tree_util.tree_leaves_with_path(params)
@@ -102,6 +126,7 @@ def follow(tree, params, placed):
         for (path, x), place in zip(shapes, places, strict=True)
     }
     whole = NamedSharding(places[0].mesh, P())
+    workers = worker_axis(whole.mesh)
 
     def find(path, x):
         owned = rule_of(path) is not None
@@ -110,10 +135,10 @@ def follow(tree, params, placed):
         for start in range(len(parts) if wanted else 0):
             shape, place = known.get("/".join(parts[start:]), (None, None))
             if shape == wanted and place is not None:
-                mine = P("data", *place.spec)
+                mine = P(workers, *place.spec)
                 return NamedSharding(whole.mesh, mine) if owned else place
         if owned:
-            return NamedSharding(whole.mesh, P("data"))
+            return NamedSharding(whole.mesh, P(workers))
         if not x.shape:
             return whole
         raise ValueError(

@@ -21,7 +21,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .layout import BATCH, Layout, constrain
-from .rules import TRANSFORMER, Rule, check_every_axis_is_used, follow, shardings
+from .rules import (
+    TRANSFORMER,
+    Rule,
+    check_every_axis_is_used,
+    follow,
+    shardings,
+    worker_axis,
+)
 from .state import own, reports, specs, stacked
 
 
@@ -137,11 +144,12 @@ def make_step(
     """The compiled step of a loss and an optax transformation on a mesh.
 
     gradients="mean": the global gradient, reduced by the partitioner.
-    gradients="local": every gradient leaf gets a leading axis of `layout.data` workers
-        (sharded over data) whose mean is the global gradient; `tx` runs with the axis
-        name "data" bound and must itself exchange them (`jax.lax.pmean`, or a
-        compressed mean). Of its state it sees its own part of what `state.py` calls
-        per-worker, and the whole of the rest.
+    gradients="local": every gradient leaf gets a leading axis of workers (sharded over
+        data, or over fsdp where data is one device) whose mean is the global gradient;
+        `tx` runs with that axis name bound and must itself exchange them
+        (`jax.lax.pmean`, or a compressed mean). Of its state it sees its own part of
+        what `state.py` calls per-worker, and the whole of the rest. Over fsdp workers
+        compute with whole parameters: give `rules` for that (`rules.whole_over`).
     microbatches: cuts the batch's rows; gradients, sums and stats are added in float32.
     advance(params, rest, stats) -> (rest, report): called once per update with the sums
         of `stats` over the global batch; `report` scalars join the metrics.
@@ -159,6 +167,8 @@ def make_step(
     if dict(mesh.shape) != dataclasses.asdict(layout):
         raise ValueError(f"mesh: has axes {dict(mesh.shape)}, but layout is {layout}")
 
+    axis = worker_axis(mesh)
+    bound = {axis} if mesh.shape[axis] > 1 else {"data", "fsdp"}
     summed = summed_gradients(loss, microbatches)
 
     def mean_gradients(state: TrainState, batch):
@@ -169,18 +179,18 @@ def make_step(
 
     def local_gradients(state: TrainState, batch):
         def worker(params, rest, rows, key):
-            key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
             grads, report = summed(params, rest, rows, key)
-            report = jax.lax.psum(report, "data")
-            scale = layout.data / counted(report.weight)
+            report = jax.lax.psum(report, axis)
+            scale = mesh.shape[axis] / counted(report.weight)
             return jax.tree.map(lambda g: (g * scale)[None], grads), report
 
         key = jax.random.fold_in(state.key, state.step)
         return jax.shard_map(
             worker,
-            in_specs=(P(), P(), P("data"), P()),
-            out_specs=(P("data"), P()),
-            axis_names={"data"},
+            in_specs=(P(), P(), P(axis), P()),
+            out_specs=(P(axis), P()),
+            axis_names=bound,
             check_vma=False,  # gradients must stay local: no automatic sum
         )(state.params, state.rest, batch, key)
 
@@ -193,15 +203,15 @@ def make_step(
         def worker(params, opt, grads):
             grads = jax.tree.map(lambda g: g[0], grads)
             params, opt, _ = apply(params, own(opt), grads)
-            squares = jax.lax.pmean(optax.tree.norm(grads) ** 2, "data")
+            squares = jax.lax.pmean(optax.tree.norm(grads) ** 2, axis)
             return params, stacked(opt), jnp.sqrt(squares)
 
-        places = specs(opt, "data")
+        places = specs(opt, axis)
         return jax.shard_map(
             worker,
-            in_specs=(P(), places, P("data")),
+            in_specs=(P(), places, P(axis)),
             out_specs=(P(), places, P()),
-            axis_names={"data"},
+            axis_names=bound,
             check_vma=False,
         )(params, opt, grads)
 

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-
 from narrows.scripts.benchmarks.timing import alternate
+from rich.console import Console
 
 HEADS, WIDTH = 8, 64
 # Ours, our definition, and JAX's: the cheaper of the last two is the baseline.

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-
 from narrows.scripts import command, results
 from narrows.scripts.systems_table import write
 

@@ -3,6 +3,7 @@
     python scripts/benchmark.py --suite=train --peer=<checkout of karpathy/nanoGPT>
     python scripts/benchmark.py --suite=attention --lengths=512,2048 --widths=64
     python scripts/benchmark.py --suite=quantize --codes=1024
+    python scripts/benchmark.py --suite=exchange --megabits=100
 
 Prints how many times faster ours is, as a median over rounds with its quartiles.
 --record appends each line to `results/benchmark_<suite>.jsonl` as soon as it is
@@ -16,21 +17,22 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
-
 from narrows.scripts import command, results
 from narrows.scripts.benchmarks import (
     attention,
     attention_forms,
     collapse,
+    exchange,
     quantize,
     train,
 )
+from rich.console import Console
 
 SUITES = {
     "attention": attention,
     "attention_forms": attention_forms,
     "collapse": collapse,
+    "exchange": exchange,
     "quantize": quantize,
     "train": train,
 }

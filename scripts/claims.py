@@ -22,9 +22,8 @@ from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy import special
-
 from narrows.scripts import reproductions
+from scipy import special
 
 SCALES = ("quick", "full", "paper")  # 2 minutes, 30 minutes, as long as it takes
 CONFIDENCE = 0.95  # of every interval, two-sided

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-
 from narrows.parallel.host_memory import keep_freed_memory
 
 

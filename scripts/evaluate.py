@@ -13,16 +13,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import track
-from scipy import stats
-
 from narrows.data.text import SPLITS, load_corpus, windows
 from narrows.models.language_model import token_nats
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
 from narrows.scripts import command
 from narrows.scripts.runlog import bits_per_byte
 from narrows.scripts.trained import load_trained, model_of
+from rich.console import Console
+from rich.progress import track
+from scipy import stats
 
 
 def define_flags() -> flags.FlagValues:

@@ -18,13 +18,16 @@ import matplotlib as mpl
 from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
 from narrows.scripts import claims, command, results
+from narrows.scripts.benchmarks import exchange
 from narrows.scripts.runlog import draw_run, read_rows
 
 FOLDER = results.ROOT / "docs" / "figures"
 Draw = Callable[[Sequence[Any]], Figure]
-RUNS: dict[str, Draw] = {"main_job": draw_run}  # of the rows of a run's own log
+RUNS: dict[str, Draw] = {  # of the lines of a file that is no reproduction's
+    "benchmark_exchange": exchange.draw,
+    "main_job": draw_run,
+}
 
 
 def table() -> dict[str, tuple[str, Draw]]:
@@ -49,7 +52,7 @@ def draw(name: str, results_dir: pathlib.Path, folder: pathlib.Path) -> pathlib.
     if not rows and name in RUNS:
         raise ValueError(
             f"figure {name} needs results/{slug}.jsonl: train, then give "
-            "--run=<workdir>"
+            "--run=<workdir>, or record the benchmark"
         )
     if not rows:
         raise ValueError(

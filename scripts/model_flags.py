@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
-
 from narrows.models.language_model import Parts, model_parts
 from narrows.models.transformer import TransformerConfig
 from narrows.models.waists import WAISTS

@@ -1,31 +1,39 @@
 """The flags of the optimizer, and the transformation that they make."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
 from absl import flags
 from jax.sharding import Mesh
-
 from narrows.optim.local_updates.step import make_local_step
-from narrows.optim.table import LOCAL, OPTIMIZERS, make_optimizer, warmup_cosine
+from narrows.optim.table import (
+    LOCAL,
+    OPTIMIZERS,
+    SHARDED,
+    make_optimizer,
+    warmup_cosine,
+)
 from narrows.parallel.layout import Layout
+from narrows.parallel.rules import TRANSFORMER, Rule, whole_over
 from narrows.parallel.step import make_step
 from narrows.scripts.outer_flags import define_outer, pace_of, rounds_of
 
 
 class Chosen(NamedTuple):
+    name: str  # in the table: over fsdp one_bit_adam is sharded_one_bit_adam
     tx: Any  # optax.GradientTransformation, or Rounds: `create_state` takes either
     schedule: optax.Schedule
     make: Callable  # of the step, with the arguments of `parallel.step.make_step`
+    rules: Sequence[Rule]  # where its parameters lie
     ask_every: int  # steps between two questions whether any process should stop
 
 
 def define_optimizer(f: flags.FlagValues) -> None:
     real = functools.partial(flags.DEFINE_float, flag_values=f)
     integer = functools.partial(flags.DEFINE_integer, flag_values=f)
-    names = [*OPTIMIZERS, *LOCAL]
+    names = [*OPTIMIZERS, *LOCAL, *SHARDED]
     flags.DEFINE_enum("optimizer", "adamw", names, "by name", flag_values=f)
     real("learning_rate", None, "peak; default 0.03 / width**0.5", 0.0)
     integer("warmup", None, "steps; default 5 % of --steps, at least 10", 0)
@@ -46,25 +54,35 @@ def optimizer_of(
     rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
     warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
     schedule = warmup_cosine(rate, steps=f.steps, warmup=warmup)
-    local = f.optimizer in LOCAL
-    if local and layout.data == 1 < layout.size:
+    name, inside = f.optimizer, layout.data == 1 < layout.size
+    if name in LOCAL and inside and layout.fsdp > 1:
+        name = f"sharded_{name}"
+    if inside and name not in {**OPTIMIZERS, **SHARDED}:
         raise ValueError(
             f"mesh: {layout}, but {f.optimizer} compresses what goes over data, which "
             "is one device here; give data some, or take another --optimizer"
+            + (f" ({', '.join(SHARDED)} compress over fsdp)" if layout.fsdp > 1 else "")
+        )
+    if name in SHARDED and layout.data > 1:
+        raise ValueError(
+            f"mesh: {layout}, but {name} compresses what goes over fsdp; give fsdp the "
+            "devices of data, or take another --optimizer"
         )
     tx = make_optimizer(
-        f.optimizer,
+        name,
         schedule,
         weight_decay=f.weight_decay,
         clip=f.clip,
-        workers=layout.data,
+        workers=layout.fsdp if name in SHARDED else layout.data,
         freeze_step=f.freeze_step,
         earliest=warmup,
     )
+    rules = whole_over(TRANSFORMER, "fsdp") if name in SHARDED else TRANSFORMER
     if f.outer == "none":
-        make = functools.partial(make_step, gradients="local" if local else "mean")
-        return Chosen(tx, schedule, make, 10)
-    if local or f.waist != "none":
+        gradients = "mean" if name in OPTIMIZERS else "local"
+        make = functools.partial(make_step, gradients=gradients)
+        return Chosen(name, tx, schedule, make, rules, 10)
+    if name not in OPTIMIZERS or f.waist != "none":
         raise ValueError(
             f"outer: {f.outer} takes an --optimizer of {', '.join(OPTIMIZERS)} and "
             f"--waist=none, since its steps exchange nothing; they are {f.optimizer} "
@@ -76,10 +94,12 @@ def optimizer_of(
         f.outer_every = str(pace.every)
     rounds = rounds_of(f.flag_values_dict(), tx, layout.data)
 
-    def make(loss, rounds, layout, mesh, *, microbatches, advance):
+    def make(loss, rounds, layout, mesh, *, microbatches, advance, rules):
         del advance  # of what learns from sums: there is none
-        return make_local_step(loss, rounds, layout, mesh, microbatches=microbatches)
+        return make_local_step(
+            loss, rounds, layout, mesh, microbatches=microbatches, rules=rules
+        )
 
     # Processes ask by a collective, which would wait for an exchange on its way; so
     # they do it where a checkpoint waits for that anyway.
-    return Chosen(rounds, schedule, make, f.checkpoint_every)
+    return Chosen(name, rounds, schedule, make, rules, f.checkpoint_every)

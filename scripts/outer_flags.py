@@ -11,7 +11,6 @@ import optax
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-
 from narrows.optim.local_updates.outer import OUTERS, make_outer
 from narrows.optim.local_updates.pace import steps_to_hide
 from narrows.optim.local_updates.rounds import Rounds, local_updates

@@ -19,12 +19,11 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags
+from narrows.scripts import claims, command, results
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-
-from narrows.scripts import claims, command, results
 
 
 def define_flags() -> flags.FlagValues:

@@ -16,7 +16,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
-
 from narrows.scripts.claims import SCALES, Claim, Row, Verdict
 
 ROOT = pathlib.Path(__file__).parents[1]  # of the checkout

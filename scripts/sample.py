@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-
 from narrows.scripts import command
 from narrows.scripts.trained import load_trained, model_of, sample_text
 

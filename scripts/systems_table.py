@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from absl import flags
-
 from narrows.scripts import claims, command, results
 
 BEGIN, END = "<!-- systems:begin -->", "<!-- systems:end -->"

@@ -22,9 +22,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
 from narrows.data.text import batches, load_corpus
 from narrows.parallel.checkpoint import Checkpoints
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
@@ -43,6 +40,8 @@ from narrows.scripts.runlog import RunLog, bits_per_byte, draw_run, read_rows
 from narrows.scripts.stopping import noted_signals, stop_asked
 from narrows.scripts.trained import check_same_run, model_of, sample_text
 from narrows.scripts.validation import validation_nats
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 COLUMNS = (
     *Progress.get_default_columns()[:2],
@@ -112,14 +111,16 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         parts = restore_parts(record)
         width: int = config_of(record).width  # type: ignore
         folder = workdir / "checkpoints"
-        tx, schedule, make, ask = optimizer_of(f, width, layout, mesh, parts, folder)
+        name, tx, schedule, make, rules, ask = optimizer_of(
+            f, width, layout, mesh, parts, folder
+        )
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,
             "model": record,
             "seed": f.seed,
             "batch_size": f.batch_size,
             "seq_len": f.seq_len,
-            "optimizer": f.optimizer,
+            "optimizer": name,
             "outer": f.outer,
         }
         source = f.data and str(pathlib.Path(f.data).expanduser().absolute())
@@ -134,10 +135,10 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         last = min(f.stop_at or f.steps, f.steps)
         traced = profile_range(f.profile_steps, first=first, last=last)
         if checkpoints.latest is None:
-            state = create_state(parts.init, tx, f.seed, mesh)
+            state = create_state(parts.init, tx, f.seed, mesh, rules)
         else:
             check_same_run(folder, same)
-            target = abstract_state(parts.init, tx, f.seed, mesh)
+            target = abstract_state(parts.init, tx, f.seed, mesh, rules)
             state, _ = restore(checkpoints, target, step=first, expect=same)
         stream = batches(
             corpus,
@@ -155,6 +156,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             mesh,
             microbatches=f.microbatches,
             advance=parts.advance,
+            rules=rules,
         )
         rates = np.asarray(jax.vmap(schedule)(np.arange(f.steps)))
         log = RunLog(workdir, step=first) if chief else None

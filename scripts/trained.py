@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-
 from narrows.data.tokens import Tokenizer, make_tokenizer
 from narrows.models.generate import generate
 from narrows.models.transformer import Transformer

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
-
 from narrows.data.text import Corpus, windows
 from narrows.parallel.layout import place_batch
 

@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.kernels.attention import IMPLEMENTATIONS, attention
 from narrows.scripts.benchmarks.timing import alternate, ratio
+from rich.console import Console
+from rich.table import Table
 
 CASES = ("causal", "full", "packed")
 DOCUMENTS = 8  # of a packed row

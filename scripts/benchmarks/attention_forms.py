@@ -19,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.kernels.attention import Blocks, attention
 from narrows.models.kernels.attention.gpu import gpu
 from narrows.models.kernels.attention.hopper import hopper
 from narrows.models.kernels.attention.reference import reference
 from narrows.models.kernels.attention.tpu import tpu
 from narrows.models.kernels.attention.xla import xla
+from rich.console import Console
+from rich.table import Table
 
 HARDWARE = {"tpu": "tpu", "gpu": "gpu", "hopper": "gpu"}  # what a kernel runs on
 FORMS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "hopper": hopper}

@@ -26,9 +26,6 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
-
 from narrows.data.images import load_images
 from narrows.models.convolution import Decoder, Encoder
 from narrows.models.quantize.layer import Quantize
@@ -36,6 +33,8 @@ from narrows.models.quantize.table import QUANTIZERS, make_quantizer
 from narrows.models.quantize.updates import ema, revive
 from narrows.models.quantize.vq import vq
 from narrows.scripts import results
+from rich.console import Console
+from rich.table import Table
 
 CHANNELS, CODE_WIDTH, BATCH, LEARNING_RATE, LOSS_WEIGHT = (16, 32), 16, 32, 2e-3, 0.25
 TRICKS = ("plain", "plain+unit", "plain+start", "plain+revive", "vq+start")

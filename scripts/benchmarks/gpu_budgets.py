@@ -33,13 +33,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.kernels.attention.call import Call, Spec
 from narrows.models.kernels.attention.gpu import gpu
 from narrows.models.kernels.attention.hopper import hopper
 from narrows.scripts import command, results
+from rich.console import Console
+from rich.table import Table
 
 BUDGETS = results.RESULTS / "gpu_budgets.tsv"
 NEEDED = (

@@ -24,9 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.quantize.fsq import fsq, levels_for
 from narrows.models.quantize.lfq import lfq
 from narrows.models.quantize.protocol import Quantizer
@@ -34,6 +31,8 @@ from narrows.models.quantize.residual import residual
 from narrows.models.quantize.updates import ema
 from narrows.models.quantize.vq import vq
 from narrows.scripts.benchmarks.timing import alternate, ratio
+from rich.console import Console
+from rich.table import Table
 
 METHODS = ("vq", "rotation_vq", "residual_vq", "fsq", "lfq")
 STAGES, DECAY = 4, 0.8

@@ -24,12 +24,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.kernels.attention.call import Call, Spec
 from narrows.models.kernels.attention.tpu import default_blocks, fitted, tpu
 from narrows.scripts import command, results
+from rich.console import Console
+from rich.table import Table
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 WIDTHS = (64, 128)

@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-
 from narrows.models.language_model import model_parts
 from narrows.models.transformer import TransformerConfig
 from narrows.parallel.layout import Layout, make_mesh, place_batch
 from narrows.parallel.step import create_state, make_step
 from narrows.scripts.benchmarks.timing import alternate, ratio
+from rich.console import Console
+from rich.table import Table
 
 ROWS, LENGTH, VOCABULARY, DEPTH, WIDTH = 12, 256, 65, 6, 384
 PRODUCTS = 8

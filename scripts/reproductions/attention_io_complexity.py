@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-
 from narrows.models.kernels.attention import io, two_level
 from narrows.models.kernels.attention.io import Tile
 from narrows.scripts.claims import Claim, Law, NotMeasured, Ratio, Row, System

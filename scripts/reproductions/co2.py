@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-
 from narrows.data.text import load_corpus
 from narrows.models.language_model import model_parts
 from narrows.models.transformer import TransformerConfig

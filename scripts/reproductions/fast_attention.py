@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-
 from narrows.models.kernels.attention.schedules import blockwise, kind, triangle, view
 from narrows.models.kernels.attention.tiles import FULL, PART, SKIP
 from narrows.parallel.tiled_reduce import finish, project

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-
 from narrows.models.kernels.attention import io, two_level
 from narrows.scripts import attention_cost as cost
 from narrows.scripts import recall

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-
 from narrows.models.kernels.attention import io, two_level
 from narrows.models.kernels.attention.call import Call, Spec
 from narrows.models.kernels.attention.reference import reference

@@ -24,8 +24,6 @@ import jax
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from sklearn import datasets
-
 from narrows.optim.normalized_gd import (
     LOGISTIC,
     PERCEPTRON,
@@ -47,6 +45,7 @@ from narrows.scripts.claims import (
     System,
 )
 from narrows.scripts.results import Recorded
+from sklearn import datasets
 
 SYSTEM = System(
     slug="normalized_gd",

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-
 from narrows.ib.transport import plan, solve
 from narrows.scripts.claims import (
     DATA_DIR,

@@ -57,7 +57,47 @@ def test_it_reports_the_switch_and_goes_on_with_fewer_workers(
     assert np.isfinite(last[9]["loss"])
 
 
-def test_layouts_that_it_cannot_take_are_refused(call, tiny, tmp_path, capsys):
-    argv = (f"--workdir={tmp_path}", *tiny, *FLAGS, "--mesh=fsdp=8")
-    assert call(train, *argv) == 2
-    assert "compresses what goes over data" in capsys.readouterr().err
+def test_over_fsdp_its_state_lies_in_shards_and_goes_on_with_fewer(
+    call, tiny, tmp_path, capsys
+):
+    workdir, flags = tmp_path / "run", (*tiny, *FLAGS)
+    where = f"--workdir={workdir}"
+    assert call(train, where, *flags, "--mesh=fsdp=8", "--stop_at=7") == 0
+    assert "step 5: second moment frozen" in capsys.readouterr().out
+    assert [row["compressed"] for row in rows(workdir)] == [0] * 4 + [1] * 3
+    found = load_trained(workdir)  # one device reads it
+    for name, copy in jax.tree_util.tree_leaves_with_path(found.state.params):
+        master = found.state.opt.master.over_workers
+        for key in name:
+            master = master[key.key]
+        flat = np.asarray(master).reshape(-1)[: copy.size].reshape(copy.shape)
+        gap = np.abs(flat - copy).max()
+        assert gap < 0.05 * np.abs(copy).max(), name
+    for mesh, stop in (("fsdp=4", 9), ("fsdp=2,tensor=2", 10)):
+        assert (
+            call(train, where, *flags, f"--mesh={mesh}", f"--stop_at={stop}", devices=4)
+            == 0
+        )
+    last = rows(workdir)
+    assert [row["step"] for row in last] == list(range(1, 11))
+    assert all(np.isfinite(row["loss"]) for row in last)
+    assert last[-1]["loss"] < last[0]["loss"]
+    # Another kind of optimizer cannot go on from it: the state is named otherwise.
+    assert call(train, where, *flags, "--steps=12", devices=4) == 2
+    assert "was sharded_one_bit_adam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mesh", "said"),
+    [
+        ("one_bit_lamb", "fsdp=8", "sharded_one_bit_adam, sharded_compressed_sgd"),
+        ("one_bit_adam", "tensor=8", "compresses what goes over data"),
+        ("sharded_one_bit_adam", "data=2,fsdp=4", "compresses what goes over fsdp"),
+    ],
+)
+def test_layouts_that_it_cannot_take_are_refused(
+    optimizer, mesh, said, call, tiny, tmp_path, capsys
+):
+    flags = (*tiny, *FLAGS, f"--optimizer={optimizer}", f"--mesh={mesh}")
+    assert call(train, f"--workdir={tmp_path}", *flags) == 2
+    assert said in capsys.readouterr().err
