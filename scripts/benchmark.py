@@ -4,6 +4,7 @@
     python scripts/benchmark.py --suite=attention --lengths=512,2048 --widths=64
     python scripts/benchmark.py --suite=quantize --codes=1024
     python scripts/benchmark.py --suite=exchange --megabits=100
+    python scripts/benchmark.py --suite=outer --outer_megabits=100
 
 Prints how many times faster ours is, as a median over rounds with its quartiles.
 --record appends each line to `results/benchmark_<suite>.jsonl` as soon as it is
@@ -23,6 +24,7 @@ from narrows.scripts.benchmarks import (
     attention_forms,
     collapse,
     exchange,
+    outer,
     quantize,
     train,
 )
@@ -33,6 +35,7 @@ SUITES = {
     "attention_forms": attention_forms,
     "collapse": collapse,
     "exchange": exchange,
+    "outer": outer,
     "quantize": quantize,
     "train": train,
 }
