@@ -68,6 +68,13 @@ def define_processes(values: flags.FlagValues) -> None:
         "process_count", None, "with --coordinator", flag_values=values
     )
     flags.DEFINE_integer("process_id", None, "with --coordinator", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        100,
+        "end this process so long after another was last heard of",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def join_processes(values: flags.FlagValues) -> None:
@@ -79,8 +86,10 @@ def join_processes(values: flags.FlagValues) -> None:
                 "coordinator: give --coordinator, --process_count and --process_id "
                 f"together; they are {given}"
             )
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(
+            *given, heartbeat_timeout_seconds=values.heartbeat_seconds
+        )
     elif (
         int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
     ) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=values.heartbeat_seconds)

@@ -27,7 +27,7 @@ from narrows.parallel.checkpoint import Checkpoints
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
 from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, mean_of_mine
-from narrows.scripts import command, results
+from narrows.scripts import command, groups, results
 from narrows.scripts.model_flags import (
     config_of,
     define_model,
@@ -160,13 +160,15 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         )
         rates = np.asarray(jax.vmap(schedule)(np.arange(f.steps)))
         log = RunLog(workdir, step=first) if chief else None
+        lost = groups.lost(workdir, jax.process_count()) if chief else ""
+        note = groups.noting(workdir, active=f.outer != "none")
         if chief:
             (workdir / "run.json").write_text(json.dumps(meta, indent=1) + "\n")
 
     size = sum(x.size for x in jax.tree.leaves(state.params))
     console.print(f"{corpus.describe()}\n{size:,} parameters on {layout}", markup=False)
     if first:
-        console.print(f"resumed after step {first} of {last}")
+        console.print(f"resumed after step {first} of {last}", lost)
     per_byte = corpus.bytes_per_token
     tokens = f.batch_size * f.seq_len
     clock = time.perf_counter()
@@ -254,6 +256,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             mark(done, state)
             state, metrics = step.fused(state, place_batch(next(stream), mesh))
             done += 1
+            note(done)
             if pending:
                 settle(*pending)
             pending = (done, metrics)

@@ -1,7 +1,14 @@
 """Runs whose workers meet now and then: stopped, moved to fewer workers, sampled."""
 
 import json
+import os
+import pathlib
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -83,3 +90,57 @@ def test_flags_that_do_not_go_together(call, tiny, tmp_path, capsys, flags, said
     argv = (f"--workdir={tmp_path}", *tiny, *FLAGS, *flags)
     assert call(train, *argv) == 2
     assert said in capsys.readouterr().err
+
+
+def started(workdir, flags, rank, port):
+    """Process `rank` of two, of one device each."""
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    script = pathlib.Path(train.__file__)
+    joined = (f"--coordinator=127.0.0.1:{port}", "--process_count=2")
+    argv = (*joined, f"--process_id={rank}", "--heartbeat_seconds=10")
+    return subprocess.Popen(
+        [sys.executable, str(script), f"--workdir={workdir}", *flags, *argv],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_who_is_left_ends_and_the_run_goes_on_with_fewer(call, tiny, tmp_path, capsys):
+    """A process is killed in mid-round: the other ends by its heartbeat, and the next
+    start names the lost one and goes on from the last checkpoint, at a meeting."""
+    rounds = ("--outer_every=100", "--checkpoint_every=100", "--eval_every=4000")
+    flags = (*tiny, *FLAGS, *rounds, "--steps=4000", "--mesh=data=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [started(tmp_path, flags, rank, port) for rank in range(2)]
+    try:
+        until = time.monotonic() + 120
+        note = tmp_path / "groups" / "1-of-2"
+        saved = tmp_path / "checkpoints" / "100"
+        while not saved.is_dir() or _step(note) % 100 not in range(20, 60):
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in both)
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGKILL)
+        clock = time.monotonic()
+        assert both[0].wait(60) != 0
+        assert time.monotonic() - clock < 45  # 10 of them without a word
+        assert _step(note) % 100  # it did not end a round
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    kept = max(int(name) for name in names if name.isdigit())
+    assert kept % 100 == 0
+    alone = (*flags[:-1], f"--stop_at={kept + 2}", "--mesh=data=1")
+    assert call(train, f"--workdir={tmp_path}", *alone, devices=1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"resumed after step {kept}" in said
+    assert "lost: process 1 of 2" in said
+
+
+def _step(note):
+    return int((note.read_text() if note.exists() else "").strip() or 0)
