@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 Order = Literal["contiguous", "zigzag"]
-ORDERS = ("contiguous", "zigzag")
+ORDERS: tuple[Order, ...] = ("contiguous", "zigzag")
 
 
 def check_order(order: str, length: int, parts: int) -> None:

@@ -44,6 +44,10 @@ ACROSS = [  # on 8 devices
     ("data=2,fsdp=2,tensor=2", "codebook"),
     ("data=2,fsdp=2,tensor=2", "none"),
     ("data=2,tensor=4", "codebook"),
+    ("data=2,seq=4", "codebook"),
+    ("fsdp=2,seq=2,tensor=2", "none"),
+    ("data=2,tensor=2,stage=2", "codebook"),
+    ("data=2,seq=2,stage=2", "none"),
 ]
 
 
@@ -83,7 +87,8 @@ def train(text: str, waist: str, steps: int = STEPS) -> Run:
     """A run of so many updates on a layout; all processes together."""
     layout = Layout.parse(text)
     mesh = make_mesh(layout, jax.devices()[: layout.size])
-    parts = model_parts(CONFIG, waist, waist_options=WAISTS[waist])
+    options = {"waist_options": WAISTS[waist], "microbatches": 2 * layout.stage}
+    parts = model_parts(CONFIG, waist, **options)
     state = start(parts, waist, mesh)
     step = make_step(parts.loss, TX, layout, mesh, advance=parts.advance)
     index, count = process_rows(mesh, ROWS)
@@ -128,6 +133,8 @@ def curve_of_this_process(layout, waist):
         ("data=4", "none"),
         # the training script's test of two processes has this pair's first ten steps
         pytest.param("data=2,tensor=2", "codebook", marks=pytest.mark.slow),
+        pytest.param("seq=4", "none", marks=pytest.mark.slow),
+        pytest.param("seq=2,stage=2", "none", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_curve_of_one_device(

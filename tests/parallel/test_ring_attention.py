@@ -1,6 +1,7 @@
 """Attention over a cut sequence is attention: values, gradients, bytes, memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from narrows.parallel.all_to_all_heads import (
 )
 from narrows.parallel.full_score_ring import full_score_attention
 from narrows.parallel.ring_attention import Ring, ring_attention, ring_values
-from narrows.parallel.sequence import arrange, ascend, causal_work, positions
+from narrows.parallel.sequence import Order, arrange, ascend, causal_work, positions
 
 B, T, N, K, H = 2, 16, 8, 4, 4  # rows, length, heads of query and key, width
 BLOCK = functools.partial(attention, return_residual=True)
@@ -34,7 +35,7 @@ def mesh_of(parts):
     return jax.make_mesh((parts,), ("seq",), types, devices=jax.devices()[:parts])
 
 
-def operands(length=T, dtype=jnp.float32):
+def operands(length=T, dtype=jnp.float32) -> Any:
     """Queries, keys, values, the output's cotangent, ids; the last fifth is padding."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = zip(keys, (N, K, K, N), strict=True)
@@ -44,7 +45,7 @@ def operands(length=T, dtype=jnp.float32):
     return *arrays, jnp.asarray(ids, jnp.int32)
 
 
-def over(parts, method, order="contiguous", check_vma=False, **options):
+def over(parts, method, order: Order = "contiguous", check_vma=False, **options):
     """`method` on `parts` devices, as a function of whole arrays in ascending order."""
 
     def run(q, k, v, ids):
@@ -297,5 +298,6 @@ def test_what_does_not_divide_raises():
     q, k, v, _, _ = operands()
     with pytest.raises(ValueError, match=r"key: 4 heads .* seq=8; .* \[1, 2, 4\]"):
         over(8, METHODS["heads"])(q, k, v, None)
+    options: dict[str, Any] = {"backward": "fast"}
     with pytest.raises(ValueError, match="backward: 'fast'"):
-        over(2, functools.partial(full_score_attention, backward="fast"))(q, k, v, None)
+        over(2, full_score_attention, **options)(q, k, v, None)
