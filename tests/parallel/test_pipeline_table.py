@@ -25,7 +25,7 @@ def arguments(devices, chunks, microbatches, rows=ROWS):
     keys = jax.random.split(jax.random.key(0), 5)
     shape = (chunks, devices)
     params = {
-        "w": jax.random.normal(keys[0], (*shape, D, D)) / D**0.5,
+        "w": jax.random.normal(keys[0], (*shape, D, D)) / (2 * D**0.5),
         "b": jax.random.normal(keys[1], (*shape, D)),
     }
     head = jax.random.normal(keys[2], (D, 3))
