@@ -1,9 +1,11 @@
 """Multi-head attention of a transformer block: projections, positions, cache.
 
 The attention itself is one call, `kernels.attention`, run on each device's own rows and
-heads; nothing here computes it by hand.
+heads, or as the block of a ring where a sequence lies over several devices; nothing
+here computes it by hand.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ..parallel.layout import BATCH, on_each_device
+from ..parallel.layout import ROWS, devices_along, on_each_device
+from ..parallel.ring_attention import ring_attention
+from ..parallel.sequence import Order
 from .kernels.attention import attention, decode_attention
 from .linear import dot_general
 
-HEADS = (BATCH, None, "tensor", None)  # [b, t, n, h]
+HEADS = (ROWS, "seq", "tensor", None)  # [b, t, n, h]
+BLOCK = functools.partial(attention, return_residual=True)
 
 
 class LayerCache(NamedTuple):
@@ -98,8 +103,12 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         cache: LayerCache | None = None,
         length: Int[Array, ""] | None = None,
+        order: Order = "contiguous",
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        """Attend within equal segment ids, or after the cache's `length` positions."""
+        """Attend within equal segment ids, or after the cache's `length` positions.
+
+        order: how positions lie over the devices of a seq axis, see `parallel.sequence`
+        """
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             query = self.query_norm(query).astype(x.dtype)
@@ -108,7 +117,7 @@ class Attention(nnx.Module):
             angles = turns(positions, query.shape[-1])
             query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is None:
-            mixed = self._attend(query, key, value, segment_ids)
+            mixed = self._attend(query, key, value, segment_ids, order)
         else:
             start = (0, 0 if length is None else length, 0, 0)
             cache = LayerCache(
@@ -125,17 +134,19 @@ class Attention(nnx.Module):
             return decode_attention(query, *cache, key_value_seq_lengths=held)
         return attention(query, *cache, is_causal=True, query_offset=length)
 
-    def _attend(self, query, key, value, segment_ids):
-        if segment_ids is None:
-            return on_each_device(
-                lambda q, k, v: attention(q, k, v, is_causal=self.causal),
-                in_axes=(HEADS,) * 3,
-                out_axes=HEADS,
-            )(query, key, value)
+    def _attend(self, query, key, value, segment_ids, order):
+        parts = devices_along("seq")
+
+        def attend(q, k, v, ids=None):
+            options: dict[str, Any] = {"is_causal": self.causal, "segment_ids": ids}
+            if parts == 1:
+                return attention(q, k, v, **options)
+            options |= {"block": BLOCK, "order": order}
+            return ring_attention(q, k, v, axis_name="seq", **options)
+
+        ids = () if segment_ids is None else (segment_ids,)
         return on_each_device(
-            lambda q, k, v, ids: attention(
-                q, k, v, is_causal=self.causal, segment_ids=ids
-            ),
-            in_axes=(HEADS, HEADS, HEADS, (BATCH, None)),
+            attend,
+            in_axes=(HEADS,) * 3 + ((ROWS, "seq"),) * len(ids),
             out_axes=HEADS,
-        )(query, key, value, segment_ids)
+        )(query, key, value, *ids)

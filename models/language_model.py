@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..parallel.layout import ROWS, constrain, devices_along
+from ..parallel.sequence import Order, arrange
 from .transformer import Transformer, TransformerConfig
 from .waists import make_waist
 
@@ -69,12 +71,13 @@ def model_parts(
     waist_at: int | None = None,
     waist_options: dict | None = None,
     waist_weight: float = 0.25,
+    microbatches: int = 1,
 ) -> Parts:
     """Init, loss and advance of a language model.
 
     A batch is {"tokens", "targets"} [b, t] and perhaps "mask" (True where it counts)
     and "segment_ids". Sums: nats, waist_loss, waist_bits; per position when divided by
-    the weight.
+    the weight. microbatches: of a pipeline, where the mesh has stages.
     """
     options = {"waist_at": waist_at, "waist_options": waist_options}
     graph = nnx.split(
@@ -90,8 +93,21 @@ def model_parts(
         del key  # nothing here draws
         model = nnx.merge(graph, params, rest)
         mask: Bool[Array, "b t"] | None = batch.get("mask")
-        out = model(batch["tokens"], mask=mask, segment_ids=batch.get("segment_ids"))
-        nats = token_nats(out.logits, batch["targets"])
+        segment_ids = batch.get("segment_ids")
+        order: Order = "zigzag" if config.causal else "contiguous"
+        out = model(
+            batch["tokens"],
+            mask=mask,
+            segment_ids=segment_ids,
+            order=order,
+            microbatches=microbatches,
+        )
+        # Sums over positions, in whatever order: targets follow the logits.
+        targets, mask = jax.tree.map(
+            lambda x: constrain(arrange(x, order, devices_along("seq")), ROWS, "seq"),
+            (batch["targets"], mask),
+        )
+        nats = token_nats(out.logits, targets)
         if mask is not None:
             nats = jnp.where(mask, nats, 0.0)
         count = nats.size if mask is None else mask.sum()

@@ -14,13 +14,16 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from ..parallel.layout import BATCH, constrain
+from ..parallel.layout import ROWS, constrain, devices_along
+from ..parallel.sequence import Order, arrange, check_order
 from .attention import Attention, LayerCache
 from .bottleneck import Bottleneck, Open, Waist
 from .linear import contract, dot_general
+from .pipelined import pipelined
+from .stack import part, recomputed, run_stack
 
 DERIVED: Any = None
-STREAM = (BATCH, None, None)  # [b, t, d]: rows over devices, positions and width whole
+STREAM = (ROWS, "seq", None)  # [b, t, d]: rows and positions over devices, width whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,15 +233,23 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         positions: Int[Array, "b t"] | None = None,
         cache: Cache | None = None,
+        order: Order = "contiguous",
+        microbatches: int = 1,
     ) -> Output:
         """Logits of the next token (decoder) or of each position (encoder).
 
         mask: False where padding; nothing attends there. segment_ids: >= 0, each a run
         of the row; positions attend within equal ids only and are counted from the
         run's first, unless `positions` says else. cache: continue after what it holds.
-        Raises ValueError where learned positions or the cache have no room.
+        order: how a mesh's seq axis shares out positions; all arguments have them in
+        ascending order, what comes out has them in the order of the slots.
+        microbatches: into which a mesh's stage axis cuts the rows (`pipelined.py`).
+        Raises ValueError where learned positions or the cache have no room, or the
+        positions do not divide.
         """
         config, (rows, length) = self.config, tokens.shape
+        parts, stages = devices_along("seq"), devices_along("stage")
+        check_order(order, length, parts)
         past = jnp.zeros((), jnp.int32) if cache is None else cache.length
         if config.position == "learned" and length > config.max_len:
             raise ValueError(
@@ -248,6 +259,11 @@ class Transformer(nnx.Module):
             if not config.causal or mask is not None or segment_ids is not None:
                 raise ValueError(
                     "cache: only for a causal model, without mask and segment_ids"
+                )
+            if parts * stages > 1:
+                raise ValueError(
+                    f"cache: the mesh has seq={parts} and stage={stages}, which cut "
+                    "what a cache holds whole; generate without these axes"
                 )
             room = cache.layers.keys.shape[2]
             held = 0 if isinstance(past, Tracer) else int(past)
@@ -266,6 +282,10 @@ class Transformer(nnx.Module):
             ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             segment_ids = jnp.where(mask, ids, -1)
             tokens = jnp.where(mask, tokens, 0)  # so that any padding will do
+        tokens, positions, segment_ids, mask = jax.tree.map(
+            lambda x: arrange(x, order, parts), (tokens, positions, segment_ids, mask)
+        )
+        tokens = constrain(tokens, *STREAM[:2])
         # Collected over fsdp but not over tensor, before the look-up: left alone, the
         # partitioner would move the looked-up rows instead of the table.
         table = constrain(self.embed.embedding[...], "tensor", None)
@@ -274,6 +294,10 @@ class Transformer(nnx.Module):
             x = x + self.position(positions).astype(config.dtype)
         x = constrain(x, *STREAM)
         options = {"positions": positions, "segment_ids": segment_ids, "length": past}
+        options["order"] = order
+        if stages > 1:
+            x, waist = pipelined(self, x, mask, options, microbatches)
+            return Output(self._logits(x), waist)
         layers = None if cache is None else cache.layers
         cut = self.waist_at
         x, low = self._trunk(x, 0, cut, layers, options)
@@ -299,8 +323,8 @@ class Transformer(nnx.Module):
     def _trunk(self, x, start: int, stop: int, layers: LayerCache | None, options):
         """Blocks start..stop; with caches, also their new caches, stacked."""
         graph, stack = nnx.split(self.blocks)
-        stack = _part(nnx.as_pure(stack), start, stop)
-        layers = None if layers is None else _part(layers, start, stop)
+        stack = part(nnx.as_pure(stack), start, stop)
+        layers = None if layers is None else part(layers, start, stop)
         if start == stop:
             return x, layers
 
@@ -308,20 +332,8 @@ class Transformer(nnx.Module):
             params, cache = xs
             return nnx.merge(graph, params)(x, cache=cache, **options)
 
-        run = _remat(run, self.config.remat)
-        if self.config.scan:
-            return jax.lax.scan(run, x, (stack, layers))
-        caches = []
-        for params in _unstack(stack, stop - start):
-            layer = None
-            if layers is not None:
-                at = len(caches)
-                layer = jax.tree.map(lambda leaf, at=at: leaf[at], layers)
-            x, cache = run(x, (params, layer))
-            caches.append(cache)
-        if layers is None:
-            return x, None
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        run = recomputed(run, self.config.remat)
+        return run_stack(run, stack, x, layers, scan=self.config.scan)
 
     def _logits(self, x) -> Float[Array, "b t v"]:
         x = self.final_norm(x).astype(self.config.dtype)
@@ -330,27 +342,4 @@ class Transformer(nnx.Module):
         else:
             kernel = self.head.kernel[...]
         logits = contract(x, kernel.astype(x.dtype), 1, jnp.float32)
-        return constrain(logits, BATCH, None, "tensor")
-
-
-def _part(stack, start: int, stop: int):
-    """Layers start..stop; unlike a slice, a split has a concatenation as transpose."""
-    depth = jax.tree.leaves(stack)[0].shape[0]
-    sizes = (start, stop - start, depth - stop)
-    return jax.tree.map(lambda leaf: jax.lax.split(leaf, sizes)[1], stack)
-
-
-def _unstack(stack, count: int) -> list:
-    leaves, tree = jax.tree.flatten(stack)
-    pieces = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
-    return [
-        jax.tree.unflatten(tree, [piece[i][0] for piece in pieces])
-        for i in range(count)
-    ]
-
-
-def _remat(function, policy: str):
-    if policy == "none":
-        return function
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=keep if policy == "dots" else None)
+        return constrain(logits, ROWS, "seq", "tensor")

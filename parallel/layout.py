@@ -2,7 +2,7 @@
 
 A layout becomes a mesh (`make_mesh`). Models never see it: parameters are placed from
 outside by `rules.py`; inside a model only `constrain` and `on_each_device` mention
-axes, and both are the identity where there is no mesh.
+axes, and both are the identity where there is no mesh (there `devices_along` is 1).
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = ("data", "fsdp")  # the axes that share out a batch's rows
+# Outside the pipeline, stages share out the rows too: embedding, head and loss.
+ROWS = (*BATCH, "stage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,12 @@ def _automatic_axes() -> tuple[str, ...]:
         return ()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Auto)
+
+
+def devices_along(axis: str) -> int:
+    """Devices of an axis that is not bound yet by a `shard_map`; 1 without a mesh."""
+    here = axis in _automatic_axes()
+    return jax.sharding.get_abstract_mesh().shape[axis] if here else 1
 
 
 def _spec(axes: Sequence, keep: Sequence[str]) -> P:

@@ -24,19 +24,23 @@ class Rule(NamedTuple):
 
 WHOLE = None
 
-# Blocks are stacked: their first dimension is depth. Widths lie over fsdp, heads and
-# hidden units over tensor, so that a block needs one all-reduce over tensor per half.
+# Blocks are stacked: their first dimension is depth, which lies over the stages. Widths
+# lie over fsdp, heads and hidden units over tensor, so that a block needs one
+# all-reduce over tensor per half.
 TRANSFORMER = (
     Rule("embed/embedding", ("tensor", "fsdp")),
     Rule("position/embedding", (None, "fsdp")),
-    Rule("blocks/attention/(query|key|value)/kernel", (None, "fsdp", "tensor", None)),
-    Rule("blocks/attention/(query|key|value)/bias", (None, "tensor", None)),
-    Rule("blocks/attention/out/kernel", (None, "tensor", None, "fsdp")),
-    Rule("blocks/mlp/(up|gate)/kernel", (None, "fsdp", "tensor")),
-    Rule("blocks/mlp/(up|gate)/bias", (None, "tensor")),
-    Rule("blocks/mlp/down/kernel", (None, "tensor", "fsdp")),
-    Rule("blocks/(attention/out|mlp/down)/bias", WHOLE),
-    Rule("(blocks/.*_norm|final_norm)/(scale|bias)", WHOLE),
+    Rule(
+        "blocks/attention/(query|key|value)/kernel", ("stage", "fsdp", "tensor", None)
+    ),
+    Rule("blocks/attention/(query|key|value)/bias", ("stage", "tensor", None)),
+    Rule("blocks/attention/out/kernel", ("stage", "tensor", None, "fsdp")),
+    Rule("blocks/mlp/(up|gate)/kernel", ("stage", "fsdp", "tensor")),
+    Rule("blocks/mlp/(up|gate)/bias", ("stage", "tensor")),
+    Rule("blocks/mlp/down/kernel", ("stage", "tensor", "fsdp")),
+    Rule("blocks/(attention/out|mlp/down)/bias", ("stage", None)),
+    Rule("blocks/.*_norm/(scale|bias)", ("stage", None)),
+    Rule("final_norm/(scale|bias)", WHOLE),
     Rule("head/kernel", ("fsdp", "tensor")),
     Rule("waist/.*", WHOLE),  # small beside a block, and its statistics are sums
 )
@@ -99,8 +103,8 @@ def sharding_of(name: str, shape, rules: Sequence[Rule], mesh: Mesh) -> NamedSha
             said = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
             raise ValueError(
                 f"rules: dimension {dimension} of {name} {tuple(shape)} does not "
-                f"divide over {said}; choose a width, head count or vocabulary that is "
-                f"a multiple of {ways}, or a smaller axis"
+                f"divide over {said}; choose a depth, width, head count or vocabulary "
+                f"that is a multiple of {ways}, or a smaller axis"
             )
     return NamedSharding(mesh, P(*axes))
 

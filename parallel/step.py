@@ -88,7 +88,7 @@ def state_shardings(
 ) -> TrainState:
     """Where every leaf of a state (arrays or shapes) lies; raises as `rules` does."""
     params = shardings(state.params, mesh, rules)
-    check_every_axis_is_used(mesh, params, BATCH)
+    check_every_axis_is_used(mesh, params, (*BATCH, "seq"))
     whole: Any = NamedSharding(mesh, P())
     return TrainState(
         params=params,

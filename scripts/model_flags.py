@@ -68,7 +68,7 @@ def config_of(record: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**config | {"dtype": PRECISION[config["dtype"]]})
 
 
-def restore_parts(record: dict[str, Any]) -> Parts:
-    """The functions of the model that a record describes."""
+def restore_parts(record: dict[str, Any], *, microbatches: int = 1) -> Parts:
+    """The functions of the model that a record describes; microbatches of a pipeline"""
     rest = {name: record[name] for name in ("waist", "waist_at", "waist_options")}
-    return model_parts(config_of(record), **rest)
+    return model_parts(config_of(record), microbatches=microbatches, **rest)

@@ -79,7 +79,7 @@ def pace_of(
             return Pace(int(every), f"outer_every={every}, as the run began")
     rounds = local_updates(inner, make_outer("local_sgd"), workers=layout.data, every=1)
     step: LocalStep = make_local_step(
-        parts.loss, rounds, layout, mesh, microbatches=f.microbatches
+        parts.loss, rounds, layout, mesh, microbatches=f.microbatches or 1
     )
     state = create_state(parts.init, rounds, f.seed, mesh)
     rows = f.batch_size // jax.process_count()

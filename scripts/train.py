@@ -23,8 +23,11 @@ import jax
 import numpy as np
 from absl import flags
 from narrows.data.text import batches, load_corpus
+from narrows.models.pipelined import check_stages
 from narrows.parallel.checkpoint import Checkpoints
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
+from narrows.parallel.pipeline import check_microbatches
+from narrows.parallel.sequence import check_order
 from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, mean_of_mine
 from narrows.scripts import command, groups, results
@@ -66,8 +69,8 @@ def define_flags() -> flags.FlagValues:
     integer("stop_at", None, "stop early, with the schedule of --steps", 1)
     integer("batch_size", 8, "rows of the global batch", 1)
     integer("seq_len", 256, "tokens per row", 1)
-    integer("microbatches", 1, "cut each batch and add gradients", 1)
-    text("mesh", "", "e.g. data=2,fsdp=2,tensor=2; default: all on data")
+    integer("microbatches", None, "cut each batch; default 1, or one a stage", 1)
+    text("mesh", "", "e.g. data=2,tensor=2,stage=2; default: all on data")
     integer("checkpoint_every", 100, "steps", 1)
     integer("keep", 2, "newest checkpoints to keep, beside the best", 1)
     integer("eval_every", 100, "steps", 1)
@@ -100,19 +103,20 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         layout = Layout.parse(f.mesh, devices=len(devices))
         mesh = make_mesh(layout, devices)
         shard = process_rows(mesh, f.batch_size)
-        rows = layout.data * layout.fsdp * f.microbatches
-        if f.batch_size % rows:
-            raise ValueError(
-                f"microbatches: {f.microbatches} on {layout} cut a batch into {rows}, "
-                f"which does not divide batch_size={f.batch_size}"
-            )
+        cuts = f.microbatches or layout.stage
+        rows = layout.data * layout.fsdp
+        check_microbatches(cuts, f.batch_size, stages=layout.stage, shards=rows)
+        check_order("zigzag", f.seq_len, layout.seq)
         corpus = load_corpus(f.data, tokenizer=f.tokenizer)
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
-        parts = restore_parts(record)
-        width: int = config_of(record).width  # type: ignore
         folder = workdir / "checkpoints"
+        parts = restore_parts(record, microbatches=cuts)
+        config = config_of(record)
+        if f.waist != "none":
+            middle = config.depth // 2 if f.waist_at is None else f.waist_at
+            check_stages(config.depth, middle, layout.stage)
         name, tx, schedule, make, rules, ask = optimizer_of(
-            f, width, layout, mesh, parts, folder
+            f, config.width, layout, mesh, parts, folder
         )
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,
@@ -154,7 +158,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             tx,
             layout,
             mesh,
-            microbatches=f.microbatches,
+            microbatches=1 if layout.stage > 1 else cuts,
             advance=parts.advance,
             rules=rules,
         )

@@ -14,13 +14,21 @@ ROOMS = {"data", "ib", "models", "optim", "parallel", "scripts"}
 OUTSIDE = {"build", "docs", "notebooks", "results", "tests"}
 
 # Whom a room may import beside itself. Of `parallel`, models may take the layout's
-# constraint hooks alone. A path below a room, as `models/kernels`, has its own line.
+# constraint hooks, the ring and the pipeline alone. A path below a room, as
+# `models/kernels`, has its own line.
 MAY_IMPORT = {
     "data": set(),
     "ib": set(),
     "models/kernels": set(),
     "parallel": set(),
-    "models": {"ib", "models/kernels", "parallel/layout"},
+    "models": {
+        "ib",
+        "models/kernels",
+        "parallel/layout",
+        "parallel/pipeline",
+        "parallel/ring_attention",
+        "parallel/sequence",
+    },
     "optim": {"parallel"},
     "scripts": ROOMS | {"models/kernels"},
 }

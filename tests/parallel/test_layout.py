@@ -44,6 +44,10 @@ ACROSS = [  # on 8 devices
     ("data=2,fsdp=2,tensor=2", "codebook"),
     ("data=2,fsdp=2,tensor=2", "none"),
     ("data=2,tensor=4", "codebook"),
+    ("data=2,seq=4", "none"),
+    ("fsdp=2,seq=2,tensor=2", "none"),
+    ("data=2,tensor=2,stage=2", "codebook"),
+    pytest.param("data=2,seq=2,stage=2", "none", marks=pytest.mark.slow),
 ]
 
 
@@ -83,7 +87,8 @@ def train(text: str, waist: str, steps: int = STEPS) -> Run:
     """A run of so many updates on a layout; all processes together."""
     layout = Layout.parse(text)
     mesh = make_mesh(layout, jax.devices()[: layout.size])
-    parts = model_parts(CONFIG, waist, waist_options=WAISTS[waist])
+    options = {"waist_options": WAISTS[waist], "microbatches": 2 * layout.stage}
+    parts = model_parts(CONFIG, waist, **options)
     state = start(parts, waist, mesh)
     step = make_step(parts.loss, TX, layout, mesh, advance=parts.advance)
     index, count = process_rows(mesh, ROWS)
@@ -128,6 +133,8 @@ def curve_of_this_process(layout, waist):
         ("data=4", "none"),
         # the training script's test of two processes has this pair's first ten steps
         pytest.param("data=2,tensor=2", "codebook", marks=pytest.mark.slow),
+        pytest.param("seq=4", "none", marks=pytest.mark.slow),
+        pytest.param("seq=2,stage=2", "none", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_curve_of_one_device(
@@ -158,6 +165,15 @@ ALL = SPLIT + NORMS + WAIST
 TENSOR = 1 + 2 * 2 + 2 * 5 + 1
 # A vocabulary over tensor: max, sum and target of every position's logits.
 LOGITS = 3
+
+# A ring of n devices sends 6 (n - 1) chunks of keys a layer; the first hop of the
+# backward pass is that of the forward pass, which the compiler sees: two less.
+RING = {n: 2 * (6 * (n - 1) - 2) for n in (2, 4)}
+
+# A pipeline of 2 stages and 4 microbatches; every tick, each stage computes its block
+# and passes on two microbatches, and the same backward.
+CUTS = 4
+TICKS = CUTS + 2 - 1
 
 GOLDEN = {
     ("data=1", "codebook"): {},
@@ -192,6 +208,33 @@ GOLDEN = {
         ("all-reduce", ("tensor",)): (TENSOR * STREAM + LOGITS * TOKENS) / 2,
         # the gradient of this device's heads, hidden units and vocabulary; statistics
         ("all-reduce", ("data",)): SPLIT / 4 + NORMS + WAIST + STATS,
+    },
+    ("data=2,seq=4", "none"): {
+        ("all-reduce", ("data",)): SPLIT + NORMS,
+        ("all-reduce", ("seq",)): SPLIT + NORMS,
+        ("collective-permute", ("seq",)): RING[4] * STREAM / 8,
+    },
+    ("fsdp=2,seq=2,tensor=2", "none"): {
+        # as on data=2,fsdp=2,tensor=2, but gradients are added over positions, not data
+        ("all-gather", ("fsdp",)): (SPLIT + TABLES + MLPS) / 4,
+        ("all-reduce", ("tensor",)): (TENSOR * STREAM + LOGITS * TOKENS) / 4,
+        ("all-reduce", ("fsdp",)): (KERNELS + TABLES) / 2 + TABLES / 2 + NORMS,
+        ("all-reduce", ("seq",)): (KERNELS + TABLES) / 4 + TABLES / 2 + NORMS,
+        ("collective-permute", ("seq",)): RING[2] * STREAM / 8,
+    },
+    ("data=2,tensor=2,stage=2", "codebook"): {
+        # look-up and head on a quarter of the rows; a block's sums in every tick
+        ("all-reduce", ("tensor",)): (2 * STREAM + LOGITS * TOKENS) / 4
+        + 7 * TICKS * STREAM / 2 / CUTS,
+        # gradients of a stage's block, once a step and not once a tick
+        ("all-reduce", ("data",)): KERNELS / 4 + 2 * D,
+        # of what every stage has; of each microbatch statistics and four numbers
+        ("all-reduce", ("stage", "data")): 2 * TABLES / 2
+        + D
+        + WAIST
+        + CUTS * (STATS + 4),
+        ("all-reduce", ("stage",)): TOKENS / 2,  # bits of the waist
+        ("collective-permute", ("stage",)): 4 * TICKS * STREAM / 2 / CUTS,
     },
 }
 

@@ -107,6 +107,17 @@ def test_stopped_and_resumed_on_ever_fewer_devices_it_has_the_same_curve(
     assert meta["mesh"] == "data=1"
 
 
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2,stage=2", "data=4,seq=2"])
+def test_stages_and_cut_positions_have_the_same_curve(
+    call, tiny, finished, tmp_path, mesh
+):
+    """Its checkpoint goes on over data alone."""
+    workdir = f"--workdir={tmp_path}"
+    assert call(train, workdir, *tiny, f"--mesh={mesh}", "--stop_at=8") == 0
+    assert call(train, workdir, *tiny, "--stop_at=12") == 0
+    np.testing.assert_allclose(losses(tmp_path), losses(finished)[:12], rtol=1e-5)
+
+
 # Once the first checkpoint is complete, and some steps later, as by `kill -9`.
 KILLED = """
 import os, signal, sys, time
