@@ -179,13 +179,12 @@ def quadratics(scale: str, seed: int) -> Iterator[Row]:
 
 # --- text ------------------------------------------------------------------------
 
-WORKERS, EVERY, ROWS, LENGTH = 4, 12, 4, 64
+WORKERS, EVERY, ROWS, LENGTH = 4, 4, 4, 64
 ARMS = {  # (outer, rate, momentum, options): the best of each one's grid, seed 1000
     "local_sgd": ("local_sgd", 1.0, 0.0, {}),
     "slowmo": ("slowmo", 1.0, 0.2, {}),
     "diloco": ("diloco", 0.7, 0.5, {}),
     "method": ("co2", 1.0, 0.0, {}),
-    "no penalty, no clip": ("co2", 1.0, 0.0, FREE),
     "no penalty, no clip, momentum 0.2": ("co2", 1.0, 0.2, FREE),
 }
 
@@ -246,7 +245,7 @@ def learner(arm: str, total: int, every: int):
 
 def text(scale: str, seed: int) -> Iterator[Row]:
     """Validation nats per token after equal samples, every arm from the same start."""
-    total = 360 if scale == "quick" else 1200
+    total = 360 if scale == "quick" else 2400
     params, _ = text_task()[1].init(jax.random.key(seed))
     tokens = windows("train", (total, WORKERS, ROWS), seed)
     held = windows("validation", (128,), 10_000)
@@ -257,8 +256,10 @@ def text(scale: str, seed: int) -> Iterator[Row]:
 
 
 TEXT_NOTE = (
-    "four workers, rounds of 12 steps, AdamW inside with states of the workers' own; "
-    "rate and momentum of every arm are the best of a grid of the same size"
+    "four workers, rounds of 4 steps, Adam inside with states of the workers' own; "
+    "rate and momentum of every arm are the best of three pairs. A run is short: 90 "
+    "rounds at quick. CO2 divides what it takes by the penalty, about 1.6 while the "
+    "loss falls fast, so that it is behind by as much until the others have converged"
 )
 CLAIMS = (
     Claim(
