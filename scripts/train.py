@@ -23,9 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 from narrows.data.text import batches, load_corpus
-from narrows.parallel.checkpoint import Checkpoints
+from narrows.parallel.checkpoint import ENGINES, summary
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
-from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, make_step
 from narrows.scripts import command, results
 from narrows.scripts.model_flags import (
@@ -69,6 +68,9 @@ def define_flags() -> flags.FlagValues:
     integer("microbatches", 1, "cut each batch and add gradients", 1)
     text("mesh", "", "e.g. data=2,fsdp=2,tensor=2; default: all on data")
     integer("checkpoint_every", 100, "steps", 1)
+    flags.DEFINE_enum(
+        "checkpoint", "async", [*ENGINES], "when saves block", flag_values=f
+    )
     integer("keep", 2, "newest checkpoints to keep, beside the best", 1)
     integer("eval_every", 100, "steps", 1)
     integer("eval_rows", 64, "windows of the validation split", 1)
@@ -127,7 +129,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             **results.provenance(),
         }
         folder = workdir / "checkpoints"
-        checkpoints = Checkpoints(folder, keep=f.keep, best="validation")
+        checkpoints = ENGINES[f.checkpoint](folder, keep=f.keep, best="validation")
         first = checkpoints.latest or 0
         last = min(f.stop_at or f.steps, f.steps)
         traced = profile_range(f.profile_steps, first=first, last=last)
@@ -136,7 +138,8 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         else:
             check_same_run(folder, same)
             target = abstract_state(parts.init, tx, f.seed, mesh)
-            state, _ = restore(checkpoints, target, step=first, expect=same)
+            state, _, report = checkpoints.resume(target, step=first, expect=same)
+            console.print(f"checkpoint: {summary(report)}", markup=False)
         stream = batches(
             corpus,
             "train",
@@ -155,6 +158,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             microbatches=f.microbatches,
             advance=parts.advance,
         )
+        update = checkpoints.gated(step)
         rates = np.asarray(jax.vmap(schedule)(np.arange(f.steps)))
         log = RunLog(workdir, step=first) if chief else None
         if chief:
@@ -204,6 +208,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
                 grad_norm=norm,
                 learning_rate=float(rates[done - 1]),
                 tokens_per_s=speed,
+                blocked_s=checkpoints.take_blocked(),
             )
         bar.update(
             task,
@@ -249,7 +254,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         )
         while done < last and not stop_asked(stops, done):
             mark(done, state)
-            state, metrics = step.fused(state, place_batch(next(stream), mesh))
+            state, metrics = update(state, place_batch(next(stream), mesh))
             done += 1
             if pending:
                 settle(*pending)

@@ -257,7 +257,7 @@ def _mean(name: str, parts: list[np.ndarray]) -> np.ndarray:
     """In float64, rounded once; where the copies are equal, their very bits."""
     bits = [_bits(part) for part in parts]
     same = np.logical_and.reduce([b == bits[0] for b in bits]).all(axis=-1)
-    mean = sum(_wide(part) for part in parts) / len(parts)
+    mean = np.sum([_wide(part) for part in parts], axis=0) / len(parts)
     return np.where(same, parts[0], mean.astype(parts[0].dtype))
 
 
@@ -266,8 +266,8 @@ def _sum(name: str, parts: list[np.ndarray]) -> np.ndarray:
     alone = parts[0]
     for part in parts[1:]:
         alone = np.where(part == 0, alone, part)
-    few = sum((part != 0).astype(np.int64) for part in parts) <= 1
-    total = sum(_wide(part) for part in parts)
+    few = np.sum([part != 0 for part in parts], axis=0) <= 1
+    total = np.sum([_wide(part) for part in parts], axis=0)
     return np.where(few, alone, total.astype(parts[0].dtype))
 
 

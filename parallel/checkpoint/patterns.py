@@ -335,7 +335,9 @@ def _each(parts: Parts, pieces, stored, reduction: Reduction = "unique") -> Layo
     maps = []
     for name, shape in parts.items():
         shape = tuple(shape)
-        reductions = {} if reduction == "unique" else {name: reduction}
+        reductions: dict[str, Reduction] = {name: reduction}
+        if reduction == "unique":
+            reductions = {}
         made = pieces(name, shape)
         maps.append(
             LayoutMap({name: shape}, stored(name, shape), tuple(made), reductions)
