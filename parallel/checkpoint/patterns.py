@@ -51,6 +51,11 @@ def arrange(shapes: Parts, patterns: Sequence[Pattern]) -> LayoutMap:
 
     ValueError for an array that two patterns match, a pattern that matches none, an
     unknown constructor, and all that a constructor refuses.
+
+    >>> shapes = {"embed": (50257, 768), "norm": (768,)}
+    >>> vocabulary = Pattern("embed", "padded", {"axis": 0, "multiple": 128})
+    >>> arrange(shapes, [vocabulary]).stored
+    {'embed': (50304, 768), 'norm': (768,)}
     """
     taken: dict[str, str] = {}
     maps = []
