@@ -7,7 +7,8 @@ replicated. The rules, from n workers to m:
 
     PerWorkerMean  every new part is the mean of the old ones: what enters an average
                    over workers (residuals, mirrors) has the average it had
-    PerWorkerSum   every new part is the sum of the old ones over m: the total stays
+    PerWorkerSum   the first new part is the sum of the old ones, the others are zero:
+                   a share of each would be rounded, and the total lost
     OverWorkers    the parts are one array, cut in reading order and filled up with
                    zeros: it is cut anew
 
@@ -20,11 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped
 
-from .checkpoint import Checkpoints, inspect
+from .checkpoint import Checkpoints
 
 
 class PerWorkerMean(NamedTuple):
@@ -146,8 +147,8 @@ def resize(tree: PyTree, target: PyTree) -> PyTree:
         if rule and same:
             merge = jnp.mean if rule == "per_worker_mean" else jnp.sum
             whole = merge(x, 0, dtype=jnp.promote_types(x.dtype, jnp.float32))
-            share = whole if rule == "per_worker_mean" else whole / shape[0]
-            return jnp.broadcast_to(share.astype(x.dtype), shape)
+            copies = jnp.broadcast_to(whole.astype(x.dtype), shape)
+            return copies if merge is jnp.mean else copies.at[1:].set(0)
         raise ValueError(
             f"target: {jax.tree_util.keystr(path, simple=True, separator='/')} has "
             f"shape {shape}, but the state {x.shape} under the rule "
@@ -165,33 +166,9 @@ def _recut(x: Shaped[Array, "n *s"], shape: tuple[int, ...]) -> Shaped[Array, "m
 def restore(
     checkpoints: Checkpoints, target: PyTree, *, step: int, expect: dict | None = None
 ) -> tuple[PyTree, dict[str, Any]]:
-    """`checkpoints.restore`, whatever the number of workers that saved the step.
+    """`checkpoints.restore`: the number of workers that saved the step may be another.
 
-    Per-worker arrays are read at the stored number and brought to that of `target` by
-    their rules. All else must fit exactly.
+    Per-worker arrays are brought to the number that `target` has by their rules. All
+    else must fit exactly.
     """
-    checkpoints.wait()
-    stored = {row.name: row for row in inspect(checkpoints.directory, step).rows}
-
-    def as_stored(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = stored[name].shape if name in stored else x.shape
-        if rule_of(path) is None or shape == x.shape:
-            return x
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_whole(x.sharding))
-
-    asked = jax.tree_util.tree_map_with_path(as_stored, target)
-    state, meta = checkpoints.restore(asked, step=step, expect=expect)
-    if jax.tree.map(lambda x: x.shape, asked) == jax.tree.map(
-        lambda x: x.shape, target
-    ):
-        return state, meta
-    places = jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(lambda s: resize(s, target), out_shardings=places)(state), meta
-
-
-def _whole(sharding):
-    """Every device of a sharding holding all: any stored shape can lie so."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, P())
-    return sharding
+    return checkpoints.restore(target, step=step, expect=expect)

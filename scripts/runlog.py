@@ -12,6 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+COLUMNS = (
+    *Progress.get_default_columns()[:2],
+    TextColumn("{task.completed}/{task.total}"),
+    TextColumn("{task.fields[bits]} bits/byte, waist {task.fields[waist]} bits"),
+    TextColumn("{task.fields[speed]} tokens/s"),
+    TimeRemainingColumn(),
+)
 
 
 class RunLog:
@@ -37,6 +46,9 @@ class RunLog:
         for name, value in row.items():
             if name not in ("step", "split"):
                 self.board.add_scalar(f"{split}/{name}", value, step)
+
+    def draw(self) -> Figure:
+        return draw_run(read_rows(self.path))
 
     def close(self) -> None:
         self.file.close()

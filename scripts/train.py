@@ -24,11 +24,10 @@ import numpy as np
 from absl import flags
 from narrows.data.text import batches, load_corpus
 from narrows.models.pipelined import check_stages
-from narrows.parallel.checkpoint import Checkpoints
+from narrows.parallel.checkpoint import ENGINES, summary
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
 from narrows.parallel.pipeline import check_microbatches
 from narrows.parallel.sequence import check_order
-from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, mean_of_mine
 from narrows.scripts import command, groups, results
 from narrows.scripts.model_flags import (
@@ -39,20 +38,12 @@ from narrows.scripts.model_flags import (
 )
 from narrows.scripts.optimizer_flags import define_optimizer, optimizer_of
 from narrows.scripts.profiling import profile_range, tracing
-from narrows.scripts.runlog import RunLog, bits_per_byte, draw_run, read_rows
+from narrows.scripts.runlog import COLUMNS, RunLog, bits_per_byte
 from narrows.scripts.stopping import noted_signals, stop_asked
 from narrows.scripts.trained import check_same_run, model_of, sample_text
 from narrows.scripts.validation import validation_nats
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-COLUMNS = (
-    *Progress.get_default_columns()[:2],
-    TextColumn("{task.completed}/{task.total}"),
-    TextColumn("{task.fields[bits]} bits/byte, waist {task.fields[waist]} bits"),
-    TextColumn("{task.fields[speed]} tokens/s"),
-    TimeRemainingColumn(),
-)
+from rich.progress import Progress
 
 
 def define_flags() -> flags.FlagValues:
@@ -72,6 +63,9 @@ def define_flags() -> flags.FlagValues:
     integer("microbatches", None, "cut each batch; default 1, or one a stage", 1)
     text("mesh", "", "e.g. data=2,tensor=2,stage=2; default: all on data")
     integer("checkpoint_every", 100, "steps", 1)
+    flags.DEFINE_enum(
+        "checkpoint", "async", [*ENGINES], "when saves block", flag_values=f
+    )
     integer("keep", 2, "newest checkpoints to keep, beside the best", 1)
     integer("eval_every", 100, "steps", 1)
     integer("eval_rows", 64, "windows of the validation split", 1)
@@ -134,7 +128,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             "mesh": str(layout),
             **results.provenance(),
         }
-        checkpoints = Checkpoints(folder, keep=f.keep, best="validation")
+        checkpoints = ENGINES[f.checkpoint](folder, keep=f.keep, best="validation")
         first = checkpoints.latest or 0
         last = min(f.stop_at or f.steps, f.steps)
         traced = profile_range(f.profile_steps, first=first, last=last)
@@ -143,7 +137,8 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         else:
             check_same_run(folder, same)
             target = abstract_state(parts.init, tx, f.seed, mesh, rules)
-            state, _ = restore(checkpoints, target, step=first, expect=same)
+            state, _, report = checkpoints.resume(target, step=first, expect=same)
+            console.print(f"checkpoint: {summary(report)}", markup=False)
         stream = batches(
             corpus,
             "train",
@@ -162,6 +157,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             advance=parts.advance,
             rules=rules,
         )
+        update = checkpoints.gated(step)
         rates = np.asarray(jax.vmap(schedule)(np.arange(f.steps)))
         log = RunLog(workdir, step=first) if chief else None
         lost = groups.lost(workdir, jax.process_count()) if chief else ""
@@ -213,6 +209,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
                 grad_norm=norm,
                 learning_rate=float(rates[done - 1]),
                 tokens_per_s=speed,
+                blocked_s=checkpoints.take_blocked(),
             )
         bar.update(
             task,
@@ -258,7 +255,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         )
         while done < last and not stop_asked(stops, done, every=ask):
             mark(done, state)
-            state, metrics = step.fused(state, place_batch(next(stream), mesh))
+            state, metrics = update(state, place_batch(next(stream), mesh))
             done += 1
             note(done)
             if pending:
@@ -282,7 +279,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             save(done)
     if log:
         log.close()
-        draw_run(read_rows(log.path)).savefig(workdir / "run.png", dpi=140)
+        log.draw().savefig(workdir / "run.png", dpi=140)
     if stops:
         console.print(f"stopped at step {done} by {signal.Signals(stops[0]).name}")
     elif f.sample and jax.process_count() == 1:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from .steps import read_header, step_path
+from .steps import Stored, read_header, step_path
 
 
 class Row(NamedTuple):
@@ -15,6 +15,7 @@ class Row(NamedTuple):
     dtype: str
     bytes: int  # of the whole array, uncompressed, without replicas
     sharding: str  # when it was saved: spec and mesh
+    fingerprint: int  # of its values, the same in every layout
 
 
 class Contents(NamedTuple):
@@ -22,6 +23,7 @@ class Contents(NamedTuple):
     meta: dict[str, Any]
     metrics: dict[str, float]
     rows: list[Row]  # sorted by name
+    layout: dict[str, Any] | None  # logical shapes and patterns, where they differ
 
 
 def inspect(directory: Any, step: int | None = None) -> Contents:
@@ -35,8 +37,9 @@ def inspect(directory: Any, step: int | None = None) -> Contents:
     rows = []
     for name, leaf in sorted(header.leaves.items()):
         stored = header.stored.get(name)
-        rows.append(Row(name, leaf.shape, leaf.dtype, _bytes(stored), _layout(stored)))
-    return Contents(step, header.meta, header.metrics, rows)
+        size, where = _bytes(stored), _layout(stored)
+        rows.append(Row(name, leaf.shape, leaf.dtype, size, where, leaf.bits))
+    return Contents(step, header.meta, header.metrics, rows, header.layout)
 
 
 def _bytes(stored: Any) -> int:
@@ -47,6 +50,8 @@ def _bytes(stored: Any) -> int:
 
 
 def _layout(stored: Any) -> str:
+    if isinstance(stored, Stored):
+        return stored.sharding
     saved: Any = getattr(stored, "sharding_metadata", None)
     if not hasattr(saved, "partition_spec"):
         return "one device" if saved is not None else "unknown"

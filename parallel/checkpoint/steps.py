@@ -4,23 +4,35 @@ import json
 import zlib
 from typing import Any, NamedTuple
 
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from .leaves import Record
 
 FORMAT = 1
 NAME = "state"  # of the one tree inside a step
+MARKER = "commit_success.txt"  # Orbax writes it last, and so does the lazy engine
+STREAMED = "header.json"  # of a step that the lazy engine wrote
 
 
 class CheckpointError(ValueError):
     """A checkpoint that could not be written, or cannot be read."""
 
 
+class Stored(NamedTuple):
+    """An array as it lies in a streamed step, and how it was sharded."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # unsigned words
+    sharding: str
+
+
 class Header(NamedTuple):
     meta: dict[str, Any]
     metrics: dict[str, float]
     leaves: dict[str, Record]
-    stored: dict[str, Any]  # Orbax's own metadata of each leaf that has elements
+    stored: dict[str, Any]  # shape, dtype and sharding of each leaf that has elements
+    layout: dict[str, Any] | None  # logical shapes and patterns, see `resume.py`
 
 
 def folder(directory: Any) -> ocp.path.Path:
@@ -43,7 +55,7 @@ def complete_steps(directory: Any) -> list[int]:
         for path in root.iterdir()
         if path.name.isdecimal()
         and str(int(path.name)) == path.name
-        and (path / "commit_success.txt").exists()
+        and (path / MARKER).exists()
     )
 
 
@@ -86,21 +98,28 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:200]}"
 
 
-def pack(meta: dict, metrics: dict, leaves: dict[str, Record]) -> dict[str, Any]:
+def pack(
+    meta: dict, metrics: dict, leaves: dict[str, Record], **more: Any
+) -> dict[str, Any]:
     """The header of a step as JSON, with a checksum since Orbax keeps none for it."""
-    body = {"meta": meta, "metrics": metrics, "leaves": leaves}
+    body = {"meta": meta, "metrics": metrics, "leaves": leaves, **more}
     body = json.loads(json.dumps(body))
     return {"format": FORMAT, "crc32": _crc32(body), **body}
 
 
 def read_header(path: ocp.path.Path) -> Header:
     """What the step at `path` says of itself; CheckpointError if it is broken."""
+    tree: dict[str, Any] | None = None
     try:
-        found = ocp.metadata(path, checkpointable_name=NAME)
+        if (path / STREAMED).exists():
+            header: dict[str, Any] = json.loads((path / STREAMED).read_text())
+        else:
+            found = ocp.metadata(path, checkpointable_name=NAME)
+            custom: Any = found.custom_metadata
+            header, read = dict(custom or {}), found.metadata
+            tree = dict(read or {})  # type: ignore
     except Exception as error:
         raise unreadable(path, first_line(error)) from error
-    custom: Any = found.custom_metadata
-    header: dict[str, Any] = dict(custom or {})
     if not header:
         raise unreadable(path, "its header is missing or garbled")
     if (version := header.pop("format", None)) != FORMAT:
@@ -111,11 +130,15 @@ def read_header(path: ocp.path.Path) -> Header:
         name: Record(dtype, tuple(shape), bits)
         for name, (dtype, shape, bits) in header["leaves"].items()
     }
-    tree: Any = found.metadata
-    stored = dict(tree or {})
-    if {name for name, leaf in leaves.items() if 0 not in leaf.shape} != stored.keys():
+    if tree is None:
+        tree = {
+            name: Stored(tuple(shape), np.dtype(dtype), sharding)
+            for name, (shape, dtype, sharding) in header["arrays"].items()
+        }
+    if {name for name, leaf in leaves.items() if 0 not in leaf.shape} != tree.keys():
         raise unreadable(path, "the list of its arrays is garbled")
-    return Header(header["meta"], header["metrics"], leaves, stored)
+    layout = header.get("layout")
+    return Header(header["meta"], header["metrics"], leaves, tree, layout)
 
 
 def _crc32(body: dict[str, Any]) -> int:

@@ -4,13 +4,15 @@ import contextlib
 import json
 import math
 import operator
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from .leaves import differences, named, records
+from .leaves import named, records
+from .resume import Arrangement, Restored, restore
 from .steps import (
     NAME,
     CheckpointError,
@@ -20,26 +22,8 @@ from .steps import (
     latest_step,
     pack,
     read_header,
-    step_path,
-    unreadable,
 )
-
-
-def _context() -> ocp.Context:
-    """Storage options, chosen by measurement on 100 MB in 80 leaves (2 busy cores).
-
-    Compression took a fifth longer to save and gained 7 % on random floats; a file for
-    each chunk (no OCDBT) saved a third faster, but as 278 files in place of 10, which
-    a network file system pays for. Replicated arrays are cut among the replicas only
-    where a piece has 4 MiB: each cut compiles a slice for each device, which made the
-    first save of a state of 20 small leaves 6 s longer.
-    """
-    context = ocp.Context()
-    saving = context.array.saving
-    saving.use_ocdbt = True
-    saving.use_compression = False
-    saving.min_slice_bytes_for_replica_parallel = 2**22
-    return context
+from .storage import orbax_context
 
 
 class _KeepBest:
@@ -63,17 +47,26 @@ class Checkpoints:
 
     Keeps the newest `keep` steps and, where `best` names a metric (lower is better),
     the best step too. Nothing is created or swept before the first save, so that a
-    reader never disturbs a run. With several processes each calls every method; all
-    arrays, scalars too, must then be global.
+    reader never disturbs a run. With `blocking` a save returns when it is complete.
+    With several processes each calls every method; all arrays, scalars too, must then
+    be global.
     """
 
-    def __init__(self, directory: Any, *, keep: int = 3, best: str | None = None):
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        keep: int = 3,
+        best: str | None = None,
+        blocking: bool = False,
+    ):
         self.directory = folder(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"directory must be a folder, got a file: {directory}")
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self._keep, self._best = keep, best
+        self._keep, self._best, self._blocking = keep, best, blocking
+        self._blocked = 0.0
         self._writer: ocp.training.Checkpointer | None = None
         self._policy = _KeepBest({})
         self._pending: tuple[int, Any] | None = None
@@ -105,40 +98,24 @@ class Checkpoints:
         meta: dict[str, Any],
         *,
         metrics: dict[str, float] | None = None,
+        layout: Arrangement | None = None,
     ) -> None:
         """Begin to write `state` as `step`; returns once the arrays may be donated.
 
         The write to disk goes on behind; what it waits for is the write before, the
         arrays themselves and their fingerprints. `meta` is any JSON dictionary and
-        comes back as JSON gives it. Raises CheckpointError if the write before failed
-        (it names that step; this one is not begun), ValueError for a step not after
-        the newest, a leaf that is not a jax array, `meta` that is not JSON, and
-        `metrics` without the metric that `best` names.
+        comes back as JSON gives it. `layout` says which logical arrays the leaves hold,
+        where they are not stored as they are. Raises CheckpointError if the write
+        before failed (it names that step; this one is not begun), ValueError for a step
+        not after the newest, a leaf that is not a jax array, `meta` that is not JSON,
+        `metrics` without the metric that `best` names, and a layout of other leaves.
         """
+        begun = time.perf_counter()
         self.wait()
-        step, newest = operator.index(step), self.latest
-        if step < 0 or (newest is not None and step <= newest):
-            raise ValueError(
-                f"step must be at least 0 and after {newest}, the newest in "
-                f"{self.directory}, got {step}: delete the later ones or save elsewhere"
-            )
-        leaves = named(state)
-        for name, leaf in leaves.items():
-            _check_array(name, leaf)
-        try:
-            meta = json.loads(json.dumps(dict(meta), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"meta must be a JSON dictionary: {error}") from error
-        values = {name: float(value) for name, value in (metrics or {}).items()}
-        if metrics is not None and self._best not in (None, *values):
-            raise ValueError(
-                f"metrics must hold {self._best!r}, by which the best step is kept, "
-                f"got {sorted(values)}"
-            )
-        header = pack(meta, values, records(leaves))
+        step, leaves, meta, values = self._checked(step, state, meta, metrics, layout)
+        more = {"layout": layout.record()} if layout else {}
+        header = pack(meta, values, records(leaves), **more)
         arrays = {name: leaf for name, leaf in leaves.items() if leaf.size}
-        if not arrays:
-            raise ValueError("state must hold an array with elements, all are empty")
         try:
             writer = self._writer = self._writer or self._open()
             self._policy.values[step] = values.get(self._best or "", math.inf)
@@ -153,6 +130,18 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = (step, response)
+        if self._blocking:
+            self.wait()
+        self._blocked += time.perf_counter() - begun
+
+    def gated(self, step: Any) -> Callable:
+        """The training step, of `make_step`, that goes with this way to save."""
+        return step.fused
+
+    def take_blocked(self) -> float:
+        """Seconds in which saves have stopped their caller, since the last call."""
+        blocked, self._blocked = self._blocked, 0.0
+        return blocked
 
     def restore(
         self,
@@ -170,46 +159,12 @@ class Checkpoints:
         fingerprint. Raises ValueError for a target or an expectation that does not
         fit, CheckpointError for a step that is absent or broken; writes nothing.
         """
+        return self.resume(target, step=step, expect=expect)[:2]
+
+    def resume(self, target: Any, **options: Any) -> Restored:
+        """`restore` with a report, and the options of `resume.restore`: layout, ..."""
         self.wait()
-        step, path = step_path(self.directory, step)
-        header = read_header(path)
-        for key, wanted in (expect or {}).items():
-            stored = header.meta.get(key)
-            if key not in header.meta or stored != json.loads(json.dumps(wanted)):
-                raise ValueError(
-                    f"expect[{key!r}] is {wanted!r}, but checkpoint {path} was saved "
-                    f"with {stored!r}: resume with that, or save to another directory"
-                )
-        wanted = named(target)
-        for name, leaf in wanted.items():
-            _check_target(name, leaf)
-        if unlike := differences(header.leaves, wanted):
-            raise ValueError(
-                f"checkpoint {path} does not fit the target; {unlike}: build the "
-                "target from that run's model and optimizer, or pass another step"
-            )
-        shapes = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in wanted.items()
-        }
-        loaded = self._load(
-            path, {n: s for n, s in shapes.items() if n in header.stored}
-        )
-        for name, shape in shapes.items():  # Orbax stores no array without elements
-            if name not in loaded:
-                loaded[name] = jnp.zeros(
-                    shape.shape, shape.dtype, device=shape.sharding
-                )
-            # Keys come back under an equivalent sharding of another spelling, which a
-            # compiled step would take for a new one.
-            loaded[name] = jax.device_put(loaded[name], shape.sharding)
-        found = records(loaded)
-        if wrong := [name for name in loaded if found[name] != header.leaves[name]]:
-            raise unreadable(
-                path, f"other bits than were saved in {', '.join(wrong[:8])}"
-            )
-        leaves = [loaded[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(target), leaves), header.meta
+        return restore(self.directory, target, **options)
 
     def wait(self) -> None:
         """Block until the last save is complete; CheckpointError if it failed."""
@@ -229,7 +184,7 @@ class Checkpoints:
         if writer is not None:
             writer.close()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -240,6 +195,33 @@ class Checkpoints:
                 raise
             error.add_note(str(failure))  # the first error is the one to see
 
+    def _checked(self, step, state, meta, metrics, layout):
+        """Step, leaves by name, meta as JSON and metrics; ValueError as `save` says."""
+        step, newest = operator.index(step), self.latest
+        if step < 0 or (newest is not None and step <= newest):
+            raise ValueError(
+                f"step must be at least 0 and after {newest}, the newest in "
+                f"{self.directory}, got {step}: delete the later ones or save elsewhere"
+            )
+        leaves = named(state)
+        for name, leaf in leaves.items():
+            _check_array(name, leaf)
+        try:
+            meta = json.loads(json.dumps(dict(meta), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"meta must be a JSON dictionary: {error}") from error
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        if metrics is not None and self._best not in (None, *values):
+            raise ValueError(
+                f"metrics must hold {self._best!r}, by which the best step is kept, "
+                f"got {sorted(values)}"
+            )
+        if not any(leaf.size for leaf in leaves.values()):
+            raise ValueError("state must hold an array with elements, all are empty")
+        if layout is not None:
+            layout.check({name: tuple(leaf.shape) for name, leaf in leaves.items()})
+        return step, leaves, meta, values
+
     def _open(self) -> ocp.training.Checkpointer:
         """A writer; its making sweeps what a killed or failed write left behind."""
         keep = ocp.training.preservation_policies
@@ -249,7 +231,7 @@ class Checkpoints:
         )
         return ocp.training.Checkpointer(
             self.directory,
-            context=_context(),
+            context=orbax_context(),
             preservation_policy=policy,
             cleanup_tmp_directories=True,
         )
@@ -276,18 +258,6 @@ class Checkpoints:
                 values[step] = header.metrics.get(metric, math.inf)
         return values
 
-    def _load(self, path: ocp.path.Path, shapes: dict[str, Any]) -> dict[str, Any]:
-        if not shapes:
-            return {}
-        try:
-            with _context(), jax.transfer_guard("allow"):
-                loaded: Any = ocp.load(path, shapes, checkpointable_name=NAME)
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # no room on this machine: the checkpoint is not to blame
-        except Exception as error:
-            raise unreadable(path, first_line(error)) from error
-        return dict(loaded)
-
 
 def _lowest(values: dict[int, float]) -> int | None:
     finite = {step: value for step, value in values.items() if math.isfinite(value)}
@@ -305,19 +275,3 @@ def _check_array(name: str, leaf: Any) -> None:
             f"leaf {name!r} lives on this process alone: with several processes put it "
             "on the mesh, e.g. jax.device_put(x, NamedSharding(mesh, PartitionSpec()))"
         )
-
-
-def _check_target(name: str, leaf: Any) -> None:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        raise ValueError(
-            f"target leaf {name!r} must say where to go, got {leaf!r} without a "
-            "sharding: give jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-        )
-    try:
-        sharding.shard_shape(tuple(leaf.shape))
-    except ValueError as error:
-        raise ValueError(
-            f"target leaf {name!r} of shape {tuple(leaf.shape)} cannot be split as "
-            f"{sharding} says: choose a spec that divides it, or P()"
-        ) from error

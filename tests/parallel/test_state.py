@@ -106,5 +106,7 @@ def test_a_checkpoint_of_eight_workers_is_read_by_others(after, tmp_path):
         checkpoints.wait()
         found, meta = restore(checkpoints, target, step=5, expect={"seed": 1})
     assert meta == {"seed": 1}
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # a restore adds in float64, `resize` in float32
+        np.testing.assert_allclose(x, y, rtol=0, atol=3e-7)
     assert jax.tree.map(lambda x: x.sharding.spec, found) == specs(wanted, "data")

@@ -20,7 +20,7 @@ from narrows.scripts import train
 from narrows.scripts.runlog import RunLog, read_rows
 from narrows.scripts.trained import load_trained
 
-WATCH = ("tokens_per_s",)  # what differs between two equal runs
+WATCH = ("tokens_per_s", "blocked_s")  # what differs between two equal runs
 
 
 def curve(workdir, split="train"):

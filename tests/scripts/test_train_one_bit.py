@@ -23,7 +23,11 @@ FLAGS = (
 def rows(workdir):
     found = read_rows(workdir / "metrics.jsonl")
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_s"}
+        {
+            name: x
+            for name, x in row.items()
+            if name not in ("tokens_per_s", "blocked_s")
+        }
         for row in found
         if row["split"] == "train"
     ]
