@@ -16,11 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Ask = Callable[..., Any]
-ONE_COMPILES = {  # and hands the program to the others, who share its cores
-    "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 CHILD = "from narrows.scripts.benchmarks.processes import serve; serve()"
 
 
@@ -33,12 +28,11 @@ def started(
     address: host:port of process 0. Raises RuntimeError with what the processes had
     printed when one of them ends.
     """
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    env.pop("XLA_FLAGS", None)
     children: list[subprocess.Popen] = []
-    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as cache:
-        env = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ, **ONE_COMPILES}
-        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        env.pop("XLA_FLAGS", None)
+    with tempfile.TemporaryFile("w+") as log:
 
         def ask(job: str, **arguments: Any) -> Any:
             line = json.dumps([job, arguments]) + "\n"
