@@ -43,9 +43,10 @@ from narrows.scripts.results import Recorded
 
 SYSTEM = System(
     "task_codebook",
-    "Task-conditioned codebook",
+    "Selective Visual Representations Improve Convergence and Generalization for "
+    "Embodied AI",
     "arXiv:2311.04193, ICLR 2024",
-    "models",
+    "models/",
     "narrows.models.task_codebook",
     "a waist that mixes few codes, chosen by task and picture, for agents that see",
 )
