@@ -7,8 +7,8 @@ Claim: codes mixed by task and picture, between a general encoder and the policy
 learned by the task alone, keep what the task asks for and drop the rest: the agent does
 as well at home, better where things look different, and adapts sooner.
 Command: python scripts/reproduce.py --system=task_codebook [--scale=full]
-Expected: see docs/systems/task_codebook.md, with what falls short and why.
-Hardware and time: two CPU cores; quick 2 minutes, full 30.
+Expected: the bounds of CLAIMS; no run is recorded yet, so none is known to hold.
+Hardware and time: two CPU cores; quick is meant for 2 minutes, full for 30.
 
 The world is `data/gridworld.py`: find one of eight kinds of things from pictures of
 20 x 20 pixels. At home a kind is there with a chance of a half; after the shift rooms
@@ -221,11 +221,8 @@ def effects(
         ),
     )
     for name, text, paper, criterion in rows:
-        id, note = prefix + name, NOTES.get(prefix + name, "")
-        yield Claim(id, text, paper, criterion, measure, tuple(scales), note)
+        yield Claim(prefix + name, text, paper, criterion, measure, tuple(scales))
 
-
-NOTES: dict[str, str] = {}
 
 CLAIMS = (
     Claim(
@@ -249,7 +246,6 @@ CLAIMS = (
         "faster convergence in another simulator",
         Ordering("reinforce: looks to 90 %", "method", "no waist"),
         rewarded,
-        note=NOTES.get("sooner_by_reward", ""),
     ),
     Claim(
         "dropout",
