@@ -1,5 +1,7 @@
 """The exact laws of the task-conditioned codebook; those of any waist are elsewhere."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,12 @@ X = jax.random.normal(jax.random.key(1), (6, 20, WIDTH)) * 3
 KEYS = jax.random.split(jax.random.key(2), X.shape[:2])
 
 
-def layer(**options) -> TaskCodebook:
-    options = {"codes": CODES, "code_width": CODE_WIDTH, "window": 4} | options
+def layer(**given) -> TaskCodebook:
+    options: dict[str, Any] = {
+        "codes": CODES,
+        "code_width": CODE_WIDTH,
+        "window": 4,
+    } | given
     return TaskCodebook(WIDTH, rngs=nnx.Rngs(0), **options)
 
 

@@ -37,7 +37,8 @@ def test_advantages_are_sums_of_discounted_errors(decay):
     reward, value = rng.normal(size=(2, 3, 7))
     done, last = rng.random((3, 7)) < 0.25, rng.normal(size=3)
     found = gae(
-        *map(jnp.float32, (reward, value)),
+        jnp.float32(reward),
+        jnp.float32(value),
         jnp.asarray(done),
         jnp.float32(last),
         discount=DISCOUNT,
