@@ -11,10 +11,12 @@ from flax import nnx
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
 from .quantize import table
+from .task_codebook import TaskCodebook
 
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    "task_codebook": TaskCodebook,
     **table.WAISTS,
 }
 

@@ -1,0 +1,1 @@
+"""Learning by reward: pure functions over environments given as functions (`ppo`)."""

@@ -1,0 +1,92 @@
+"""The laws of a run that trains an agent: its curve on any mesh, and going on."""
+
+import json
+
+import numpy as np
+import pytest
+from narrows.parallel.checkpoint import inspect, latest_step
+from narrows.scripts import train_agent
+from narrows.scripts.runlog import read_rows
+
+SMALL = (
+    "--codes=16",
+    "--code_width=4",
+    "--batch_size=8",
+    "--steps=12",
+    "--eval_every=6",
+    "--eval_rows=16",
+    "--checkpoint_every=6",
+)
+TEACHERS = {"expert": (), "reward": ("--teacher=reward", "--epochs=2")}
+
+
+def rows(workdir, split="train"):
+    return [r for r in read_rows(workdir / "metrics.jsonl") if r["split"] == split]
+
+
+def losses(workdir):
+    return np.array([row["loss"] for row in rows(workdir)])
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def run(request, call, tmp_path_factory):
+    """Flags, and the workdir of a run on one device that nothing disturbed."""
+    flags = (*SMALL, *TEACHERS[request.param])
+    workdir = tmp_path_factory.mktemp(request.param) / "one"
+    assert call(train_agent, f"--workdir={workdir}", *flags, devices=1) == 0
+    return flags, workdir
+
+
+def test_a_run_leaves_its_record(run):
+    _, workdir = run
+    assert [row["step"] for row in rows(workdir)] == list(range(1, 13))
+    assert [row["step"] for row in rows(workdir, "validation")] == [6, 12]
+    assert all(0 <= row["success"] <= 1 for row in rows(workdir, "validation"))
+    assert rows(workdir)[-1]["waist_bits"] == 32 * 4
+    assert rows(workdir)[-1]["waist_perplexity"] > 1
+    assert json.loads((workdir / "run.json").read_text())["mesh"] == "data=1"
+    assert latest_step(workdir / "checkpoints") == 12
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+def test_eight_devices_give_the_curve_of_one(run, call, tmp_path, mesh):
+    flags, workdir = run
+    code = call(train_agent, f"--workdir={tmp_path}", *flags, f"--mesh={mesh}")
+    assert code == 0
+    np.testing.assert_allclose(losses(tmp_path), losses(workdir), rtol=1e-5, atol=1e-5)
+    assert inspect(tmp_path / "checkpoints").meta["mesh"] == mesh
+
+
+def test_stopped_and_resumed_it_never_stopped(run, call, tmp_path):
+    flags, workdir = run
+    there = f"--workdir={tmp_path}"
+    assert call(train_agent, there, *flags, "--stop_at=7", devices=1) == 0
+    assert latest_step(tmp_path / "checkpoints") == 7
+    assert call(train_agent, there, *flags, devices=1) == 0
+    assert rows(tmp_path) == rows(workdir)
+    assert rows(tmp_path, "validation")[-1] == rows(workdir, "validation")[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--batch_size=12", "batch_size: 12 rows do not divide"),
+        ("--mesh=data=3", "mesh: data=3 takes 3 devices"),
+        ("--dropout=1", "dropout: 1.0, but must be in [0, 1)"),
+        ("--teacher=none", "teacher"),
+    ],
+)
+def test_bad_flags_are_refused_with_a_sentence(call, tmp_path, capsys, flag, words):
+    workdir = tmp_path / "new"
+    assert call(train_agent, f"--workdir={workdir}", *SMALL, flag) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_run_is_not_continued_as_another(run, call, capsys):
+    flags, workdir = run
+    code = call(train_agent, f"--workdir={workdir}", *flags, "--seed=1", devices=1)
+    assert code == 2
+    assert "expect['seed'] is 1" in capsys.readouterr().err
