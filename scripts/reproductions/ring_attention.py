@@ -122,7 +122,7 @@ def compiled(method: str, parts: int, is_causal: bool, order: Order):
     exact = functools.partial(whole, is_causal=is_causal)
 
     def many(q, k, v, d, ids):
-        return with_gradients(lambda *x: run(*x, ids), q, k, v, d_out=d)
+        return with_gradients(lambda *x: run(*x, ids=ids), q, k, v, d_out=d)
 
     def one(q, k, v, d, ids):
         return with_gradients(lambda *x: exact(*x, segment_ids=ids), q, k, v, d_out=d)

@@ -98,12 +98,12 @@ CASES = [
 def test_it_is_the_attention_of_one_device(
     quick_jit, name, parts, is_causal, packed, order
 ):
-    *arrays, d_out, ids = operands()
+    q, k, v, d_out, ids = operands()
     ids = ids if packed else None
     many = over(parts, METHODS[name], order, is_causal=is_causal)
-    got = quick_jit(functools.partial(values_and_gradients, many))(*arrays, d_out, ids)
+    got = quick_jit(functools.partial(values_and_gradients, many))(q, k, v, d_out, ids)
     one = functools.partial(whole, is_causal=is_causal)
-    wanted = values_and_gradients(one, *arrays, d_out, ids)
+    wanted = values_and_gradients(one, q, k, v, d_out, ids)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
 
@@ -137,12 +137,13 @@ def test_a_simulation_on_one_device_is_the_ring(quick_jit, order):
 
 def test_bfloat16_is_rounded_once_a_hop_and_never_summed(quick_jit):
     """As near to the exact result as one device's, whose output is rounded once."""
-    *arrays, _, ids = operands(dtype=jnp.bfloat16)
+    q, k, v, _, ids = operands(dtype=jnp.bfloat16)
     many = over(8, ONLINE, "zigzag", is_causal=True)
-    got = quick_jit(many)(*arrays, ids)
+    got = quick_jit(many)(q, k, v, ids)
     assert got.dtype == jnp.bfloat16
-    exact = whole(*(x.astype(jnp.float32) for x in arrays), ids, is_causal=True)
-    one = whole(*arrays, ids, is_causal=True)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    exact = attention(*wide, is_causal=True, segment_ids=ids)
+    one = whole(q, k, v, ids, is_causal=True)
 
     def error(x):
         return float(jnp.sqrt(jnp.mean((x.astype(jnp.float32) - exact) ** 2)))
@@ -150,9 +151,11 @@ def test_bfloat16_is_rounded_once_a_hop_and_never_summed(quick_jit):
     assert error(got) < 2 * error(one)
 
 
-def traffic(parts, method, order="zigzag", ids=False, dtype=jnp.float32, **options):
+def traffic(
+    parts, method, order: Order = "zigzag", ids=False, dtype=jnp.float32, **options
+):
     """(kind -> bytes sent by a device) of the forward pass and of both."""
-    *arrays, d_out, packed = operands(dtype=dtype)
+    *arrays, d_out, packed = operands(dtype=dtype or jnp.float32)
     packed = packed if ids else None
     # with the check the tracer would add sums for what is replicated; none is here
     run = over(parts, method, order, check_vma=True, **options)
@@ -174,7 +177,8 @@ def test_bytes_equal_the_closed_forms(parts):
     """Chunks of b t k h; the head width of keys and values is the same here."""
     chunk, turns = 4 * B * T // parts * K * H, parts - 1
     permute, reduce, exchange = "collective-permute", "all-reduce", "all-to-all"
-    for is_causal, order in ((True, "zigzag"), (True, "contiguous"), (False, "zigzag")):
+    cases: list[tuple[bool, Order]] = [(True, "zigzag"), (True, "contiguous")]
+    for is_causal, order in (*cases, (False, "zigzag")):
         online = traffic(parts, ONLINE, order, is_causal=is_causal)
         assert online == ({permute: 2 * turns * chunk}, {permute: 6 * turns * chunk})
     ids = 4 * B * T // parts
