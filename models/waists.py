@@ -10,11 +10,13 @@ from flax import nnx
 
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
+from .key_value_waist import KeyValue
 from .quantize import table
 
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    "key_value": KeyValue,
     **table.WAISTS,
 }
 
