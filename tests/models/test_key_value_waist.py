@@ -1,5 +1,7 @@
 """The key-value memory inside of a model: what its two phases keep and change."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,12 @@ X = jax.random.normal(jax.random.key(0), (4, 6, 8))
 
 
 def a_layer(**options):
-    options = {"books": 3, "codes": 16, "code_width": 4, "window": 2} | options
+    options: dict[str, Any] = {
+        "books": 3,
+        "codes": 16,
+        "code_width": 4,
+        "window": 2,
+    } | options
     return KeyValue(8, rngs=nnx.Rngs(0), **options)
 
 
