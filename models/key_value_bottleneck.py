@@ -86,13 +86,13 @@ def average_keys(
     """Keys that follow the averages of heads, from rows drawn by chance.
 
     Every pass shows n // batch whole batches in a new order; keys that receive less
-    than a twentieth of the mean are split off full ones.
+    than a tenth of the mean are split off full ones.
 
     Raises: ValueError where `batch` exceeds the rows.
     """
     if not 0 < batch <= len(x):
         raise ValueError(f"batch: {batch}, but must be from 1 to the {len(x)} rows")
-    rules = (ema(decay), revive())
+    rules = (ema(decay), revive(0.1))
     start, order = jax.random.split(key)
     orders = [
         jax.random.permutation(row, len(x))[: len(x) // batch * batch]
