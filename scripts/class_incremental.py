@@ -4,9 +4,10 @@ An encoder is trained once for each data set and scale, without labels and on ot
 pictures than the stream's; all seeds share it, as papers share a pretrained backbone.
 """
 
+import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from narrows.data.images import load_images, padded
 from narrows.data.streams import class_incremental, halves, minibatches
-from narrows.scripts import learners, pretrain
+from narrows.scripts import learners, pretrain, results
 from narrows.scripts.claims import DATA_DIR, NotMeasured
 
 BOOKS, PAIRS, WIDTH = 64, 1024, 8
@@ -63,7 +64,7 @@ def bed(name: str, scale: str) -> Bed:
         sets, options, more = [name], {"half": True}, ["--half"]
         stream = halves(train.labels, seed=0)[1]
         train = type(train)(train.images[stream], train.labels[stream])
-    with tempfile.TemporaryDirectory() as workdir:
+    with _encoder_folder(f"{name}-{scale}") as workdir:
         code = pretrain.main(
             [
                 "pretrain",
@@ -100,6 +101,17 @@ def bed(name: str, scale: str) -> Bed:
         test.labels[held],
         (unlabelled - mean) / spread,
     )
+
+
+@contextlib.contextmanager
+def _encoder_folder(name: str) -> Iterator[str]:
+    """Kept for the next process at this very commit, where the code is that of it."""
+    now = results.provenance()
+    if now["commit"] and not now["dirty"]:
+        yield str(results.ROOT / ".cache" / now["commit"] / name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
 
 
 def _balanced(labels: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
