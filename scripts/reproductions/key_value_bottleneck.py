@@ -50,7 +50,7 @@ SYSTEM = System(
     module="narrows.models.key_value_bottleneck",
     summary="frozen keys, values learned in their own cells",
 )
-MEMORY_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of plain gradient descent
+MEMORY_RATES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of plain gradient descent
 PROBE_RATES = (1e-5, 1e-4, 1e-3, 1e-2)  # of Adam
 PENALTIES = (1.0, 1e2, 1e4)  # of EWC
 # ---------------------------------------------------------------- the paper's Figure 2
