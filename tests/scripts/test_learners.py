@@ -107,7 +107,7 @@ def test_a_comparison_has_every_row_that_its_claims_ask_for(monkeypatch):
             assert claim.criterion.verdict(found).n == 1
     value = {(row.metric, row.arm): row.value for row in found[0]}
     assert value["points", "method"] > 80
-    assert value["points", "MLP probe"] < 60
+    assert value["points", "method"] > value["points", "MLP probe"] + 15
     less = value["points, method less 25", "method"]
     assert less == value["points", "method"] - 25
     assert value["shuffled points", "linear probe"] > 80
