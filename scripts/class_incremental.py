@@ -52,8 +52,10 @@ class Bed(NamedTuple):
 def bed(name: str, scale: str) -> Bed:
     folder = DATA_DIR.get()
     needed = {"fashion_mnist": ("fashion_mnist", "mnist", "cifar10_subset")}
+    if folder is None:
+        raise NotMeasured("there is no --data_dir")
     for each in needed.get(name, (name,)):
-        if folder is None or not (folder / each).is_dir():
+        if not (folder / each).is_dir():
             raise NotMeasured(f"{each}/ is not in --data_dir")
     size = SIZES[scale]
     train, test = (load_images(folder, name, split) for split in ("train", "test"))

@@ -7,7 +7,7 @@ compiled once for each shape.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,10 @@ def probe(
         return (params, state, fisher, params), None
 
     start = params, optimizer.init(params), zeros, zeros
+    end: Any
     if isinstance(penalty, float) and penalty == 0.0:
         rows = rows.reshape(-1, rows.shape[-1])
-        return forward(jax.lax.scan(step, start, rows)[0][0], samples.held_out)
-    return forward(jax.lax.scan(task, start, rows)[0][0], samples.held_out)
+        end = jax.lax.scan(step, start, rows)[0]
+        return forward(end[0], samples.held_out)
+    end = jax.lax.scan(task, start, rows)[0]
+    return forward(end[0], samples.held_out)

@@ -31,6 +31,7 @@ def test_z_is_the_mean_of_the_values_beside_the_nearest_keys():
     e = jnp.einsum("btd,cde->btce", X / root, layer.places[...])
     keys, values = layer.keys.get_value().codes, layer.values[...]
     away = jnp.sum((e[..., None, :] - keys) ** 2, -1)
+    assert out.codes is not None
     assert jnp.array_equal(out.codes, away.argmin(-1))
     wanted = sum(values[j][out.codes[..., j]] for j in range(3)) / 3
     np.testing.assert_allclose(out.z, wanted, atol=1e-5)
@@ -94,7 +95,9 @@ def test_it_serves_at_any_depth_and_on_maps_of_images():
         assert out.logits.shape == (2, 6, 32)
         assert out.waist.codes.shape == (2, 6, 3)
     maps = Encoder(1, (4, 8), rngs=nnx.Rngs(2))(jnp.ones((2, 8, 12, 1)))
-    assert a_layer()(maps).codes.shape == (2, 2, 3, 3)
+    codes = a_layer()(maps).codes
+    assert codes is not None
+    assert codes.shape == (2, 2, 3, 3)
 
 
 def test_bad_sizes_are_refused():

@@ -60,9 +60,9 @@ def test_stopped_on_one_device_and_resumed_on_another_it_has_the_same_curve(
     assert call(pretrain, workdir, *small, devices=1) == 0
     assert np.array_equal(losses(tmp_path), losses(one))
     images = pretrain.pictures(small[-1].partition("=")[2], ["cifar10_subset"])
-    features = [pretrain.encoder_of(path)(images) for path in (tmp_path, one)]
-    assert features[0].shape == (64, 8, 8, 16)
-    assert np.array_equal(*features)
+    here, there = (pretrain.encoder_of(path)(images) for path in (tmp_path, one))
+    assert here.shape == (64, 8, 8, 16)
+    assert np.array_equal(here, there)
     assert losses(one)[-1, 0] < losses(one)[0, 0]
 
 
