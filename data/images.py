@@ -44,6 +44,28 @@ def load_images(folder: str | pathlib.Path, name: str, split: str) -> Images:
     return Images(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
+def grey(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w 1"]:
+    """Brightness as of ITU-R BT.601; grey pictures stay as they are."""
+    if images.shape[-1] == 1:
+        return images
+    weights = np.array([0.299, 0.587, 0.114], np.float32)
+    return np.rint(images @ weights).astype(np.uint8)[..., None]
+
+
+def padded(
+    images: UInt8[np.ndarray, "n h w c"], side: int = 32
+) -> UInt8[np.ndarray, "n side side c"]:
+    """In the middle of black squares.
+
+    Raises: ValueError for pictures larger than `side`.
+    """
+    spare = [side - length for length in images.shape[1:3]]
+    if min(spare) < 0:
+        raise ValueError(f"side: {side}, but pictures are {images.shape[1:3]}")
+    edges = [(gap // 2, gap - gap // 2) for gap in spare]
+    return np.pad(images, ((0, 0), *edges, (0, 0)))
+
+
 def _idx(path: pathlib.Path) -> np.ndarray:
     """An idx file of bytes: two zeros, type 8, axes, then their sizes, big-endian."""
     raw = gzip.decompress(path.read_bytes())

@@ -10,6 +10,7 @@ from flax import nnx
 
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
+from .key_value_waist import KeyValue
 from .quantize import table
 from .task_codebook import TaskCodebook
 
@@ -17,6 +18,7 @@ WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
     "task_codebook": TaskCodebook,
+    "key_value": KeyValue,
     **table.WAISTS,
 }
 

@@ -135,7 +135,7 @@ def sphere() -> Rule:
     return Rule(step)
 
 
-def revive(share: float = 0.05) -> Rule:
+def revive(share: float = 0.2) -> Rule:
     """Split codes whose average count is below `share` of the mean off full ones."""
 
     def step(state: CodeState, sums: CodeSums, inner):
@@ -168,7 +168,7 @@ def kmeans(
     and means are sums over all of it: x may lie over devices. With fewer unmasked rows
     than codes, rows repeat and the copies are split off.
     """
-    rules = (ema(0.0), revive(), *((sphere(),) if metric == "cosine" else ()))
+    rules = (ema(0.0), revive(0.05), *((sphere(),) if metric == "cosine" else ()))
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     flat = unit(flat) if metric == "cosine" else flat
     keep = jnp.ones(len(flat)) if mask is None else mask.reshape(-1).astype(jnp.float32)

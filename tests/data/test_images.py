@@ -5,7 +5,7 @@ import lzma
 
 import numpy as np
 import pytest
-from narrows.data.images import load_images
+from narrows.data.images import grey, load_images, padded
 
 
 def write_idx(path, array):
@@ -64,3 +64,17 @@ def test_real_sets_have_their_published_sizes(shared_data):
     assert load_images(shared_data, "mnist", "test").images.shape == (10000, 28, 28, 1)
     fashion = load_images(shared_data, "fashion_mnist", "test")
     assert np.bincount(fashion.labels).tolist() == 10 * [1000]
+
+
+def test_grey_is_brightness_and_padding_is_black():
+    white = np.full((2, 3, 4, 3), 255, np.uint8)
+    assert np.array_equal(grey(white), white[..., :1])
+    green = grey(np.array([0, 200, 0], np.uint8).reshape(1, 1, 1, 3))
+    assert green.item() == round(0.587 * 200)
+    assert grey(white[..., :1]).shape == (2, 3, 4, 1)
+    large = padded(white, 7)
+    assert large.shape == (2, 7, 7, 3)
+    assert np.array_equal(large[:, 2:5, 1:5], white)
+    assert large.sum() == white.sum(dtype=int)
+    with pytest.raises(ValueError, match="side: 3, but pictures are"):
+        padded(white, 3)

@@ -9,11 +9,15 @@ import optax
 import pytest
 from narrows.models.key_value_bottleneck import (
     average_keys,
+    chunks,
     empty,
     fetch,
     find,
     heads,
     learn,
+    learn_at,
+    linear,
+    mean_keys,
     projections,
     vote,
 )
@@ -49,11 +53,91 @@ def test_found_cells_are_the_nearest_and_later_the_nearest_written():
     memory, features = a_memory()
     x = heads(memory.projections, features)
     away = jnp.sum((x[:, :, None] - memory.keys) ** 2, -1)
-    assert jnp.array_equal(find(memory, features, written=False), away.argmin(-1))
+    found = find(memory, features, written=False)
+    assert jnp.array_equal(found[..., 0], away.argmin(-1))
     memory, _ = learn(memory, features[:5], jnp.arange(5) % 4, rate=0.1)
     away = jnp.where(memory.hits > 0, away, jnp.inf)
-    assert jnp.array_equal(find(memory, features), away.argmin(-1))
+    assert jnp.array_equal(find(memory, features)[..., 0], away.argmin(-1))
     assert memory.hits.sum() == 5 * 3
+
+
+def test_several_cells_are_the_nearest_and_their_values_are_added():
+    memory, features = a_memory()
+    memory, _ = learn(memory, features, jnp.arange(128) % 4, rate=0.1, top=2)
+    assert memory.hits.sum() == 128 * 3 * 2
+    x = heads(memory.projections, features)
+    away = jnp.sum((x[:, :, None] - memory.keys) ** 2, -1)
+    away = jnp.where(memory.hits > 0, away, jnp.inf)
+    nearest = jnp.argsort(away, axis=-1)[..., :3]
+    assert jnp.array_equal(find(memory, features, top=3), nearest)
+    added = sum(memory.values[jnp.arange(3), nearest[..., j]] for j in range(3))
+    np.testing.assert_allclose(fetch(memory, features, top=3), added, atol=1e-6)
+    with pytest.raises(ValueError, match="top: 17, but must be from 1 to the 16 keys"):
+        find(memory, features, top=17)
+
+
+def test_positions_of_a_sample_vote_together():
+    memory, features = a_memory()
+    maps, labels = features.reshape(32, 4, 6), jnp.arange(32) % 4
+    new, _ = learn(memory, maps, labels, rate=0.1)
+    assert new.hits.sum() == 128 * 3
+    fetched = fetch(new, maps)
+    assert fetched.shape == (32, 4, 3, 4)
+    np.testing.assert_allclose(vote(fetched), fetched.mean((1, 2)), rtol=1e-6)
+    alone = fetch(new, features).reshape(fetched.shape)
+    assert jnp.array_equal(fetched, alone)
+
+
+def test_a_step_is_gradient_descent_on_the_whole_table():
+    """Against plain differentiation of the summed, smoothed loss in every value."""
+    memory, features = a_memory()
+    labels = jnp.arange(128) % 4
+    memory, _ = learn(memory, features, labels, rate=0.2)
+    index = find(memory, features, written=False)[..., 0]
+    kernel = jax.random.normal(jax.random.key(8), (12, 4))
+    for decode in (vote, linear(kernel), linear(kernel, jnp.arange(4.0))):
+
+        def total(values, decode=decode):
+            chance = jax.nn.log_softmax(decode(values[jnp.arange(3), index]))
+            goal = 0.9 * jax.nn.one_hot(labels, 4) + 0.1 / 4
+            return -jnp.sum(goal * chance)
+
+        loss, slope = jax.value_and_grad(total)(memory.values)
+        new, said = learn(
+            memory, features, labels, rate=0.2, smoothing=0.1, decode=decode
+        )
+        np.testing.assert_allclose(said, loss, rtol=1e-5)
+        np.testing.assert_allclose(new.values, memory.values - 0.2 * slope, atol=1e-5)
+
+
+def test_cells_found_once_teach_the_same():
+    memory, features = a_memory()
+    index, labels = find(memory, features, written=False), jnp.arange(128) % 4
+    one, _ = learn(memory, features, labels, rate=0.1)
+    two, _ = learn_at(memory, index, labels, rate=0.1)
+    assert jnp.array_equal(one.values, two.values)
+    assert jnp.array_equal(one.hits, two.hits)
+
+
+def test_chunks_are_the_parts_of_a_feature():
+    x = jax.random.normal(jax.random.key(0), (5, 6))
+    assert jnp.array_equal(heads(chunks(6, books=3), x), x.reshape(5, 3, 2))
+    with pytest.raises(ValueError, match="books: 4, but they must divide the 6"):
+        chunks(6, books=4)
+
+
+def test_mean_keys_are_where_lloyd_rests():
+    """Each key is the mean of what is nearest to it, in every book."""
+    away = 10 * jnp.arange(4.0)[:, None, None]
+    x = (away + jax.random.normal(jax.random.key(0), (4, 32, 2))).reshape(64, 2, 2)
+    keys = mean_keys(jax.random.key(1), x, 4)
+    for book in range(2):
+        cell = jnp.sum((x[:, book, None] - keys[book]) ** 2, -1).argmin(-1)
+        assert len(set(cell.tolist())) == 4
+        for j in range(4):
+            np.testing.assert_allclose(
+                keys[book, j], x[cell == j, book].mean(0), rtol=1e-4
+            )
 
 
 def test_decay_zero_is_a_step_of_lloyd():
@@ -73,7 +157,7 @@ def test_decay_zero_is_a_step_of_lloyd():
 def test_only_cells_that_were_hit_change(decode):
     memory, features = a_memory()
     memory, _ = learn(memory, features[:60], jnp.arange(60) % 4, rate=0.3)
-    index = np.asarray(find(memory, features[60:64], written=False))
+    index = np.asarray(find(memory, features[60:64], written=False))[..., 0]
     new, _ = learn(memory, features[60:64], jnp.arange(4), rate=0.3, decode=decode)
     hit = np.zeros(memory.hits.shape, bool)
     hit[np.arange(3), index] = True
@@ -85,7 +169,7 @@ def test_only_cells_that_were_hit_change(decode):
 def test_any_order_that_keeps_each_cells_own_leaves_the_same_memory():
     memory, features = a_memory(books=1)
     labels = jax.random.randint(jax.random.key(5), (len(features),), 0, 4)
-    cells = find(memory, features, written=False)[:, 0]
+    cells = find(memory, features, written=False)[:, 0, 0]
     by_cell = jnp.argsort(cells, stable=True)
 
     def run(order):

@@ -15,6 +15,7 @@ WIDTH = 8
 OPTIONS: dict[str, dict] = {
     **{name: {"codes": 16, "window": 2} for name in QUANTIZERS},
     "codebook": {"codes": 16, "code_width": 4, "window": 2},
+    "key_value": {"books": 3, "codes": 16, "code_width": 4, "window": 2},
 }
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, WIDTH)), jnp.float32)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -24,7 +25,7 @@ MASK = jnp.asarray(np.random.default_rng(1).random((4, 6)) < 0.7)
 
 # One of each kind: several indices, running averages, parameters and draws. The others
 # pass through the same layer, and obey the laws of their own table on every run.
-KINDS = ("none", "codebook", "residual_vq", "lfq", "gumbel")
+KINDS = ("none", "codebook", "key_value", "residual_vq", "lfq", "gumbel")
 PARAMS = [
     pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
     for name in sorted(WAISTS)
