@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from .affine import Squeeze
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
 from .quantize import table
@@ -15,6 +16,7 @@ from .quantize import table
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    "squeeze": Squeeze,
     **table.WAISTS,
 }
 
