@@ -17,7 +17,6 @@ Hardware and time: two CPU cores; quick about two minutes a seed, more at full s
 """
 
 import functools
-import io
 import json
 import pathlib
 import socket
@@ -48,6 +47,7 @@ from narrows.scripts.claims import (
     System,
 )
 from narrows.scripts.results import ROOT, Recorded
+from narrows.scripts.split_costs import costs, jpegs
 from narrows.scripts.splits import RULES, Recipe
 from narrows.scripts.train_split import accuracy
 
@@ -243,7 +243,7 @@ def wire(scale: str, seed: int) -> Iterator[Row]:
     yield Row("bytes a picture", packed, "zlib")
     smaller = packed
     whole = points(recipe, taught, head_of(test, test.images))
-    for quality, size, decoded in jpegs(inner):
+    for quality, size, decoded in tried(inner):
         images = np.pad(decoded, ((0, 0), (2, 2), (2, 2)))[..., None]
         lost = whole - points(recipe, taught, head_of(test, images))
         yield Row(f"bytes at quality {quality}", size, "JPEG")
@@ -253,38 +253,19 @@ def wire(scale: str, seed: int) -> Iterator[Row]:
             yield Row("bytes a picture", size, "JPEG")
             break
     yield Row("bytes a picture", smaller, "smaller of both")
-    yield from costs(split, taught, ours, smaller)
+    for metric, arm, value in costs(split, taught, ours, smaller):
+        yield Row(metric, value, arm)
 
 
 def head_of(test, images):
     return test._replace(images=images[:TESTED], labels=test.labels[:TESTED])
 
 
-def jpegs(pictures: np.ndarray) -> Iterator[tuple[int, float, np.ndarray]]:
-    """Qualities from the lowest: bytes without tables, and the decoded pictures."""
+def tried(pictures: np.ndarray):
     try:
-        from PIL import Image
+        yield from jpegs(pictures, QUALITIES)
     except ImportError as error:
         raise NotMeasured("Pillow is not installed: pip install pillow") from error
-    for quality in QUALITIES:
-        sizes, decoded = [], []
-        for picture in pictures:
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, "JPEG", quality=quality, optimize=True)
-            sizes.append(len(without_tables(file.getvalue())))
-            decoded.append(np.asarray(Image.open(file)))
-        yield quality, float(np.mean(sizes)), np.stack(decoded)
-
-
-def without_tables(jpeg: bytes) -> bytes:
-    """A JPEG file without its tables (DQT, DHT) and application data (APPn, COM)."""
-    kept, at = jpeg[:2], 2
-    while jpeg[at + 1] != 0xDA:
-        marker, size = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if marker not in (0xDB, 0xC4, 0xFE) and not 0xE0 <= marker <= 0xEF:
-            kept += jpeg[at : at + 2 + size]
-        at += 2 + size
-    return kept + jpeg[at:]
 
 
 def other_process(split: splits.Split, images: np.ndarray) -> split_serve.Sent:
@@ -326,49 +307,6 @@ def here_too(split: splits.Split, images: np.ndarray) -> np.ndarray:
         split.graphs, split.parts, splits.scaled(images), bits=split.recipe.bits
     )
     return np.asarray(logits.argmax(-1))
-
-
-def costs(split: splits.Split, taught: Parts, ours: float, theirs: float):
-    """Weights, operations and break-even bandwidths of a device of 1 GFLOP/s.
-
-    With device and server rates d and s, T_split = head / d + bytes / b + rest / s;
-    T_offload = bytes_in / b + teacher / s; T_local = teacher / d. They break even at
-    b = (bytes_in - bytes) / (head / d + (rest - teacher) / s) from above and
-    b = bytes / ((teacher - head) / d - rest / s) from below. Here s = 100 d.
-    """
-    graphs = split.graphs | splits.graphs_of(split.recipe, False)
-    image = np.zeros((1, splits.SIDE, splits.SIDE, 1), np.float32)
-
-    def flops(names, parts, x):
-        def go(x):
-            for name in names:
-                x = bottlefit.call(
-                    graphs[name], parts.params[name], parts.stats[name], x
-                )
-                x = x[0]
-            return x
-
-        return jax.jit(go).lower(x).cost_analysis()["flops"], jax.eval_shape(go, x)
-
-    head, z = flops(("encoder",), split.parts, image)
-    rest, _ = flops(("decoder", "tail"), split.parts, np.zeros(z.shape, np.float32))
-    local, _ = flops(("front", "tail"), taught, image)
-    yield Row("operations", head, "head")
-    yield Row("operations", rest, "rest of the student")
-    yield Row("operations", local, "teacher")
-    for arm, parts, names in (
-        ("head", split.parts, ("encoder",)),
-        ("teacher", taught, ("front", "tail")),
-    ):
-        weights = sum(
-            x.size for name in names for x in jax.tree.leaves(parts.params[name])
-        )
-        yield Row("weights", weights, arm)
-    device, server = 1e9, 1e11
-    above = (theirs - ours) / (head / device + (rest - local) / server)
-    below = ours / ((local - head) / device - rest / server)
-    yield Row("break-even kbit/s", 8e-3 * above, "against offloading")
-    yield Row("break-even kbit/s", 8e-3 * below, "against local")
 
 
 FULL = ("full", "paper")

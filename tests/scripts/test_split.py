@@ -1,5 +1,6 @@
 """A split is trained alike on any mesh, and served by two processes over a socket."""
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -131,7 +132,8 @@ def test_a_payload_that_is_none_ends_its_connection_alone(finished, data, capsys
             with socket.create_connection(listener.getsockname(), timeout=60) as line:
                 line.sendall(bad)
                 line.shutdown(socket.SHUT_WR)
-                assert line.recv(1) == b""
+                with contextlib.suppress(ConnectionResetError):  # it was not all read
+                    assert line.recv(1) == b""
         with socket.create_connection(listener.getsockname(), timeout=60) as line:
             assert len(split_serve.send(split, line, images).classes) == 2
         serving.join(timeout=60)
