@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from .affine import Squeeze
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
 from .key_value_waist import KeyValue
@@ -19,6 +20,7 @@ WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "codebook": Codebook,
     "task_codebook": TaskCodebook,
     "key_value": KeyValue,
+    "squeeze": Squeeze,
     **table.WAISTS,
 }
 
