@@ -18,7 +18,7 @@ from narrows.models.language_model import token_nats
 from narrows.models.transformer import Transformer, TransformerConfig
 
 LENGTH, WIDTH, ROWS, WORKERS = 32, 32, 8, 4
-RADIUS = 0.1  # of the ball of every position's delta, 2-norm
+RADIUS = 0.03  # of the ball of every position's delta, 2-norm
 CONFIG = TransformerConfig(
     depth=1, width=WIDTH, heads=1, mlp_width=64, max_len=LENGTH, vocab_size=256
 )
