@@ -21,8 +21,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from narrows.data.quadratics import Quadratics, quadratics
@@ -32,7 +30,7 @@ from narrows.optim.links import Row as Link
 from narrows.optim.links import econtrol
 from narrows.optim.sparse import top_k
 from narrows.scripts.claims import Claim, Law, Ordering, Ratio, Row, System
-from narrows.scripts.client_descent import Round, descent
+from narrows.scripts.client_quadratics import Ends, solved
 from narrows.scripts.client_rows import dealt
 from narrows.scripts.links_table import bits_to_solution
 from narrows.scripts.ridge_logistic import RATES, excess_losses
@@ -75,64 +73,12 @@ def exchange(arm: str, clients: int):
     return compressed_mean(way, workers=clients, topology="gather")
 
 
-def noisy(x, client, key):
-    a, c, sigma = client
-    return a * (x - c) + sigma * jax.random.normal(key, x.shape, x.dtype)
-
-
-@functools.cache
-def on_quadratics(arm: str, clients: int, rounds: int, tail: int):
-    """Of [problems]: |grad|^2 at least and most, mean |x - x*|^2 of the tail, law."""
-
-    def run(a, c, sigma, rate, key):
-        problem = Quadratics(a, c)
-
-        def record(before: Round, after: Round):
-            grad = problem.gradients(after.x).mean(0)
-            gap = jnp.sum((after.x - problem.solution) ** 2)
-            return jnp.sum(grad**2), gap, virtual(before, after)
-
-        def virtual(before, after):
-            e, new = before.mean.up.worker[0].e, after.mean.up.worker[0].e
-            if isinstance(e, tuple):
-                return jnp.zeros(())
-            sent = after.average.per_worker_mean.mean(0)
-            moved = (after.x - rate * new.mean(0)) - (before.x - rate * e.mean(0))
-            return jnp.abs(moved + rate * sent).max()
-
-        go = descent(
-            noisy,
-            exchange(arm, clients),
-            clients=clients,
-            rounds=rounds,
-            record=record,
-            momentum=MOMENTUM.get(arm, 1.0),
-        )
-        first = problem.gradients(problem.solution) if arm == "EC-Ideal" else None
-        start = jnp.zeros(a.shape[1], a.dtype)
-        data = (a, c, jnp.broadcast_to(sigma, (clients,)))
-        grads, gaps, law = go(data, start, rate, key, first=first)
-        return {
-            "end": grads[-500:].min(),
-            "last": grads[-1],
-            "largest": grads.max(),
-            "tail": gaps[rounds - tail :].mean(),
-            "law": law.max(),
-            "all": grads,
-        }
-
-    return jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None, 0)))
-
-
-def solve(arm: str, problems: Sequence[Quadratics], *, rate, sigma=0.0, **size):
-    """`on_quadratics` in float64, of problems of one shape."""
-    clients, rounds = problems[0].a.shape[0], size["rounds"]
-    with jax.enable_x64(True):
-        run = on_quadratics(arm, clients, rounds, size.get("tail", 1))
-        a, c = (jnp.asarray(np.stack(x)) for x in zip(*problems, strict=True))
-        keys = jax.random.split(jax.random.key(size.get("seed", 0)), len(problems))
-        sigmas = jnp.full(len(problems), float(sigma))
-        return jax.tree.map(np.asarray, run(a, c, sigmas, rate, keys))
+def solve(arm: str, problems: Sequence[Quadratics], **options) -> Ends:
+    clients = len(problems[0].a)
+    momentum = MOMENTUM.get(arm, 1.0)
+    known = arm == "EC-Ideal"
+    mean = exchange(arm, clients)
+    return solved(mean, problems, momentum=momentum, known=known, **options)
 
 
 def finite(x) -> float:
@@ -155,13 +101,13 @@ def without_noise(scale: str, seed: int) -> Iterator[Row]:
             if rate > 0.1 and arm not in ("EC", "naive"):
                 continue  # beyond what the others' analyses allow
             done = solve(arm, made, rate=rate, rounds=2500)
-            for end in done["end"]:
+            for end in done.least:
                 yield Row("|grad|^2", finite(end), arm)
                 if arm in ("EC", "naive"):
                     yield Row("decades below 1e-3", decades_below(1e-3, end), arm)
-            yield Row("law", float(done["law"].max()), arm)
+            yield Row("law", float(done.law.max()), arm)
     same = [
-        solve(arm, made[:2], rate=0.1, rounds=500)["all"] for arm in ("eta=0", "EF21")
+        solve(arm, made[:2], rate=0.1, rounds=500).sizes for arm in ("eta=0", "EF21")
     ]
     yield Row("eta = 0 less EF21", float(np.abs(same[0] - same[1]).max()))
 
@@ -173,9 +119,7 @@ def stability(scale: str, seed: int) -> Iterator[Row]:
     made = [quadratics(rng) for _ in range(count)]
     for eta in ("0.02", "0.05", "0.1", "0.3", "1"):
         done = solve(f"eta={eta}", made, rate=0.1, rounds=3000)
-        for end, last, largest in zip(
-            done["end"], done["last"], done["largest"], strict=True
-        ):
+        for end, last, largest in zip(done.least, done.last, done.largest, strict=True):
             yield Row("|grad|^2", finite(end), f"eta={eta}")
             if eta in ("0.3", "1"):
                 most = finite(largest) if np.isfinite(last) else float("inf")
@@ -196,7 +140,7 @@ def with_noise(scale: str, seed: int) -> Iterator[Row]:
         for arm in ("method", "EF21", "EF21-SGDM", "SGD"):
             size = {"rounds": rounds, "tail": rounds // 2, "seed": seed}
             done = solve(arm, made, rate=0.02, sigma=1.0, **size)
-            tails[arm, n] = float(done["tail"].mean())
+            tails[arm, n] = float(done.tail.mean())
             yield Row(f"distance n={n}", tails[arm, n], arm)
     for small, large in itertools.pairwise(sizes):
         fall = tails["method", small] / tails["method", large]
@@ -212,7 +156,7 @@ def heterogeneity(scale: str, seed: int) -> Iterator[Row]:
     made = [base._replace(c=base.c * zeta) for zeta in apart]
     for arm in ("method", "EC"):
         size = {"rounds": rounds, "tail": rounds // 2, "seed": seed}
-        tails = solve(arm, made, rate=0.02, sigma=1.0, **size)["tail"]
+        tails = solve(arm, made, rate=0.02, sigma=1.0, **size).tail
         for zeta, tail in zip(apart, tails, strict=True):
             yield Row(f"distance zeta={zeta:g}", float(tail), arm)
         if arm == "method":
