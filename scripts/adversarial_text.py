@@ -18,7 +18,7 @@ from narrows.models.language_model import token_nats
 from narrows.models.transformer import Transformer, TransformerConfig
 
 LENGTH, WIDTH, ROWS, WORKERS = 32, 32, 8, 4
-RADIUS = 0.03  # of the ball of every position's delta, 2-norm
+RADIUS = 1.0  # of the ball of every position's delta; an embedding has norm 5.7
 CONFIG = TransformerConfig(
     depth=1, width=WIDTH, heads=1, mlp_width=64, max_len=LENGTH, vocab_size=256
 )
@@ -44,8 +44,13 @@ def build(key):
 
 
 def start(key):
-    """(all parameters in one vector, delta), the two players, and their tree."""
+    """(all parameters in one vector, delta), the two players, and their tree.
+
+    Embeddings start with unit variance. At the model's own 0.02, behind a norm, their
+    curvature is 2500 times as large, and plain gradient steps of any use diverge.
+    """
     params = nnx.as_pure(nnx.split(build(key), nnx.Param, ...)[1])
+    params["embed"]["embedding"] = params["embed"]["embedding"] / 0.02
     delta = params.pop("waist")["delta"]
     flat, unravel = ravel_pytree(params)
     return (flat, delta), unravel
