@@ -198,7 +198,7 @@ def guarantees(scale: str, seed: int) -> Iterator[Row]:
 def variants(scale: str, seed: int) -> Iterator[Row]:
     """EF21-PP, EF21-BC and EF21-SGDM on ten clients of problem Q."""
     rng = np.random.default_rng([seed, 4])
-    count = 2 if scale == "quick" else 10
+    count = 2 if scale == "quick" else 4
     made = [quadratics(rng) for _ in range(count)]
     for arm, part, options in (
         ("method", 1.0, {}),
