@@ -371,6 +371,11 @@ def eta_figure(rows: Sequence[Recorded]) -> Figure:
         label = "EControl" if arm == "method" else arm
         sizes = sorted(found)
         right.loglog(sizes, [np.mean(found[n]) for n in sizes], "o-", label=label)
+    counts = sorted(
+        {int(r.metric[11:]) for r in rows if r.metric.startswith("distance n=")}
+    )
+    right.set_xticks(counts, [str(n) for n in counts])
+    right.minorticks_off()
     right.set(xlabel="clients n", ylabel="mean |x - x*|²", title="noise")
     right.legend(fontsize=8)
     return figure
