@@ -127,7 +127,8 @@ def table(records: Sequence[results.Recorded]) -> list[str]:
             )
         ends = math.exp(np.mean(np.log(values("where it ends", name))))
         count = f"{np.mean(needed):.1f}" if np.isfinite(needed).all() else "never"
-        spread = f" ± {np.std(needed, ddof=1):.1f}" if np.isfinite(needed).all() else ""
+        several = len(needed) > 1 and np.isfinite(needed).all()
+        spread = f" ± {np.std(needed, ddof=1):.1f}" if several else ""
         message = f"{values('bits a round', name)[0]:.0f}"
         lines.append(
             f"| `{name}` | {sent.said} | {message} | {count}{spread} | {ends:.1e} |"
