@@ -10,7 +10,7 @@
 `sharded_mean` stops halfway: a reduce-scatter of gradients and an all-gather of
 parameters, for parameters that lie in shards. All take a tree as one worker sees it,
 inside `jax.shard_map` or `jax.vmap` with the axis name bound, and every worker gets the
-same bits. Float32 inside, the tree's dtypes outside.
+same bits. Float32 inside (float64 for float64), the tree's dtypes outside.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .compression import identity, payload_of
+from .compression import identity, payload_of, wide, wide_type
 from .topologies import (
     TOPOLOGIES,
     MeanState,
     Plan,
     Way,
     cast,
+    expect,
     gather,
     init_down,
     init_up,
@@ -39,7 +40,7 @@ Topology = Literal["dense", "gather", "shared_key", "two_phase"]
 
 
 class CompressedMean(NamedTuple):
-    init: Callable[[PyTree], MeanState]  # of all workers
+    init: Callable[..., MeanState]  # (tree, *, first, weights) -> of all workers
     mean: Callable  # (tree, state, key, *, active, weights) -> (tree, state)
     sent_bits: Callable[[PyTree], int]  # that a worker sends in one mean
 
@@ -68,7 +69,8 @@ def compressed_mean(
     key: one for all workers; each folds in its index, but for "shared_key".
     active: False for a worker that takes no part; the mean counts it with what is
     expected of it, and its state stays (EF21-PP). weights [n]: the mean of w_i x_i
-    (EF21-W takes w_i = n L_i / sum L of signals g_i / w_i).
+    (EF21-W takes w_i = n L_i / sum L of signals g_i / w_i). `init(tree, first=signals)`
+    starts every h at signals [workers, ...] that were exchanged whole.
 
     >>> from narrows.optim.signs import sign
     >>> one_bit = Way("feedback", sign())
@@ -98,11 +100,12 @@ def compressed_mean(
             )
         return plan
 
-    def init(params):
+    def init(params, *, first=None, weights=None):
         plan = plan_of(params)
-        return MeanState(
-            init_up(plan, workers, owned), init_down(plan, workers) if owned else ()
-        )
+        up_state = init_up(plan, workers, owned)
+        if first is not None:
+            up_state = expect(plan, up_state, first, weights, owned)
+        return MeanState(up_state, init_down(plan, workers) if owned else ())
 
     def mean(tree, state, key, *, active=True, weights=None):
         plan = plan_of(tree)
@@ -126,10 +129,13 @@ def compressed_mean(
             arrays = [
                 x
                 for leaf in plan.leaves
-                for x in jax.tree.leaves(payload_of(leaf.up.compressor, leaf.chunk))
+                for x in jax.tree.leaves(
+                    payload_of(leaf.up.compressor, leaf.chunk, wide_type(leaf.dtype))
+                )
                 if jnp.issubdtype(x.dtype, jnp.floating)
             ]
-        return round(2 * (workers - 1) / workers * 32 * sum(x.size for x in arrays))
+        bits = sum(8 * wide_type(x.dtype).itemsize * x.size for x in arrays)
+        return round(2 * (workers - 1) / workers * bits)
 
     return CompressedMean(init, mean, sent_bits)
 
@@ -164,7 +170,7 @@ def sharded_mean(
         """`params` are whole: what everyone expects of the first all-gather."""
         down_state = init_down(plan, workers)
         expected = [
-            x.astype(jnp.float32) if leaf.down.a else ()
+            wide(x) if leaf.down.a else ()
             for x, leaf in zip(
                 plan.treedef.flatten_up_to(params), plan.leaves, strict=True
             )

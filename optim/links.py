@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .compression import Compressor, Shape
+from .compression import Compressor, Shape, wide
 
 
 class Link(NamedTuple):
@@ -35,7 +35,10 @@ class Link(NamedTuple):
 
 
 class LinkState(NamedTuple):
-    """Float32, in the shape of the signal; () where the link does not need it."""
+    """Float32 (float64 for float64 signals), in the shape of the signal; or ().
+
+    () stands where the link does not need it.
+    """
 
     e: Any  # not sent yet
     h: Any  # what the receiver expects
@@ -58,15 +61,25 @@ LINKS: dict[str, Row] = {
 }
 
 
-def make_link(name: str, compressor: Compressor, shape: Shape) -> Link:
-    """A row of the table for signals of `shape`.
+def econtrol(eta: float) -> Row:
+    """EControl that tries a part eta of its error again: 0 is EF21, 1 is unstable.
+
+    The loop of e and h is damped for eta at most about delta (arXiv:2311.05645).
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: {eta}, but it must lie in [0, 1]")
+    return Row(lambda _: (eta, 1.0, 1.0), "delta")
+
+
+def make_link(name: str | Row, compressor: Compressor, shape: Shape) -> Link:
+    """A row of the table, or one of your own, for signals of `shape`.
 
     Raises ValueError for a compressor that does not promise what the row needs: EF21
     over a sign of the rms scale, say, would diverge without a word.
     """
-    if name not in LINKS:
+    if isinstance(name, str) and name not in LINKS:
         raise ValueError(f"link: {name!r}, but allowed are {', '.join(LINKS)}")
-    row = LINKS[name]
+    row = LINKS[name] if isinstance(name, str) else name
     constant = getattr(compressor.promise(shape), row.needs) if row.needs else None
     if row.needs and constant is None:
         raise ValueError(
@@ -76,12 +89,14 @@ def make_link(name: str, compressor: Compressor, shape: Shape) -> Link:
     return Link(compressor, *row.numbers(constant))
 
 
-def init_link(link: Link, shape: Shape, h: Array | None = None) -> LinkState:
+def init_link(
+    link: Link, shape: Shape, h: Array | None = None, *, dtype: Any = jnp.float32
+) -> LinkState:
     """Zeros, or `h` where the first signal has been exchanged whole."""
-    zeros = jnp.zeros(shape, jnp.float32)
+    zeros = jnp.zeros(shape, dtype if h is None else wide(h).dtype)
     return LinkState(
         e=zeros if link.eta else (),
-        h=(zeros if h is None else h.astype(jnp.float32)) if link.a else (),
+        h=(zeros if h is None else wide(h)) if link.a else (),
     )
 
 
@@ -94,10 +109,11 @@ def send(
 ) -> tuple[Any, Float[Array, "*s"], LinkState]:
     """(payload, est, state'). A sender that is not active sends C(0) = 0 and keeps all.
 
-    All in float32, so the rounding of est stays in e.
+    All in float32, or in float64 if g is: the rounding of est stays in e.
     """
-    expected = link.a * state.h if link.a else jnp.zeros(g.shape, jnp.float32)
-    rest = g.astype(jnp.float32) - expected
+    g = wide(g)
+    expected = link.a * state.h if link.a else jnp.zeros_like(g)
+    rest = g - expected
     tried = rest + link.eta * state.e if link.eta else rest
     payload = link.compressor.encode(key, jnp.where(active, tried, 0.0))
     sent = link.compressor.decode(payload, g.shape)

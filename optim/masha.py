@@ -5,16 +5,17 @@ Variational Inequalities, with Theoretical Guarantees", NeurIPS 2022, arXiv:2110
 Algorithms 1 (MASHA1) and 2 (MASHA2). To find z with F(z) = mean_m F_m(z) = 0 workers
 send differences from an anchor w, which vanish at the solution:
 
-    z_h = tau z + (1 - tau) w - rate F(w);   g = mean of C(F_m(z_h) - F_m(w))
-    z <- z_h - rate g;   with probability 1 - tau: w <- z, and F(w) is exchanged whole
+    v = tau z + (1 - tau) w - rate F(w);   z_h = P(v)
+    g = mean of C(F_m(z_h) - F_m(w));   z <- P(v - rate g)
+    with probability 1 - tau: w <- z, and F(w) is exchanged whole
 
 MASHA1 is a compressed mean over unbiased plain links, MASHA2 one over links "masha2"
 (error feedback; the memories hold F, the rate stays outside, so schedules are safe).
-For min_x max_y f the operator is (grad_x f, -grad_y f).
+P projects onto the set of the inequality, if there is one. For min_x max_y f take the
+operator `extragradient.saddle(f)`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..parallel.state import PerWorkerMean, replicate
 from .compressed_mean import CompressedMean, MeanState
+from .extragradient import Method, Operator, Project, whole_space
 
 
 class MashaState(NamedTuple):
@@ -35,19 +37,15 @@ class MashaState(NamedTuple):
     mean: MeanState
 
 
-class Method(NamedTuple):
-    init: Callable[[PyTree], MashaState]  # z -> state of all workers
-    step: Callable[[Any, MashaState], MashaState]  # a worker's (data, state) -> state
-
-
 def masha(
-    operator: Callable[[PyTree, Any], PyTree],
+    operator: Operator,
     mean: CompressedMean,
     *,
     rate: float,
     tau: float,
     workers: int,
     axis_name: str = "data",
+    project: Project = whole_space,
     seed: int = 0,
 ) -> Method:
     """MASHA for `operator(z, data) -> F_m(z)` of a worker's data.
@@ -87,9 +85,9 @@ def masha(
             state.whole,
         )
         own = state.own.per_worker_mean
-        difference = jax.tree.map(jnp.subtract, operator(middle, data), own)
+        difference = jax.tree.map(jnp.subtract, operator(project(middle), data), own)
         g, memory = mean.mean(difference, state.mean, jax.random.fold_in(key, 1))
-        z = jax.tree.map(lambda m, g: m - rate * g, middle, g)
+        z = project(jax.tree.map(lambda m, g: m - rate * g, middle, g))
         return state._replace(count=state.count + 1, z=z, mean=memory)
 
     return Method(init, step)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
-from .compression import Compressor, Promise, Shape, size
+from .compression import Compressor, Promise, Shape, size, wide
 
 
 class Sparse(NamedTuple):
     places: Int[Array, "*b k"]  # uint8, uint16 or uint32, as the length asks
-    values: Float[Array, "*b k"]  # float32
+    values: Float[Array, "*b k"]  # float32, or float64 as they came
 
 
 class Drawn(NamedTuple):
-    values: Float[Array, "k"]  # float32
+    values: Float[Array, "k"]  # float32, or float64 as they came
     seed: UInt32[Array, "2"]  # from which the receiver draws the same places
 
 
@@ -39,12 +39,12 @@ def top_k(
 
     def encode(key, x):
         del key
-        flat = x.astype(jnp.float32).reshape(-1)
+        flat = wide(x).reshape(-1)
         places = find[by](flat, kept(flat.size))
         return Sparse(places.astype(_unsigned(flat.size)), flat[places])
 
     def decode(payload, shape):
-        flat = jnp.zeros(size(shape), jnp.float32)
+        flat = jnp.zeros(size(shape), payload.values.dtype)
         return flat.at[payload.places].set(payload.values).reshape(shape)
 
     return Compressor(
@@ -61,7 +61,7 @@ def blocked_top_k(ratio: float = 1 / 16, *, block: int = 256) -> Compressor:
 
     def encode(key, x):
         del key
-        flat = x.astype(jnp.float32).reshape(-1)
+        flat = wide(x).reshape(-1)
         blocks = jnp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
         places = lax.top_k(jnp.abs(blocks), kept)[1]
         values = jnp.take_along_axis(blocks, places, -1)
@@ -69,7 +69,7 @@ def blocked_top_k(ratio: float = 1 / 16, *, block: int = 256) -> Compressor:
 
     def decode(payload, shape):
         rows = jnp.arange(payload.places.shape[0])[:, None]
-        blocks = jnp.zeros((rows.size, block), jnp.float32)
+        blocks = jnp.zeros((rows.size, block), payload.values.dtype)
         blocks = blocks.at[rows, payload.places].set(payload.values)
         return blocks.reshape(-1)[: size(shape)].reshape(shape)
 
@@ -89,15 +89,15 @@ def random_k(ratio: float = 0.01, *, unbiased: bool = True) -> Compressor:
         return lax.top_k(jax.random.bits(key, (d,)), kept(d))[1]
 
     def encode(key, x):
-        flat = x.astype(jnp.float32).reshape(-1)
+        flat = wide(x).reshape(-1)
         factor = flat.size / kept(flat.size) if unbiased else 1.0
-        values = flat[places(key, flat.size)] * jnp.float32(factor)
+        values = flat[places(key, flat.size)] * flat.dtype.type(factor)
         return Drawn(values, jax.random.key_data(key))
 
     def decode(payload, shape):
         d = size(shape)
         key = jax.random.wrap_key_data(payload.seed)
-        flat = jnp.zeros(d, jnp.float32)
+        flat = jnp.zeros(d, payload.values.dtype)
         return flat.at[places(key, d)].set(payload.values).reshape(shape)
 
     def promise(shape: Shape) -> Promise:
@@ -123,7 +123,7 @@ def _sorted(x: Float[Array, "d"], k: int) -> Int[Array, "k"]:
 
 def _bisected(x: Float[Array, "d"], k: int) -> Int[Array, "k"]:
     """Bits of magnitudes are ordered like magnitudes: build the k-th from the top."""
-    magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
+    magnitude = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
     def add_bit(i, low):
         high = low | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))

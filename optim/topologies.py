@@ -17,20 +17,23 @@ from jaxtyping import Array, Float, PyTree
 from ..parallel.chunks import chunk_shape, join, shard_shape, split
 from ..parallel.messages import message_size, share, swap
 from ..parallel.state import OverWorkers, PerWorkerMean, replicate
-from .compression import chunked, payload_of
+from .compression import chunked, payload_of, wide, wide_type
 from .compressors import by_path
-from .links import Link, LinkState, init_link, make_link, receive, send
+from .links import Link, LinkState, Row, init_link, make_link, receive, send
 
 
 class Way(NamedTuple):
-    """How one direction is sent: a row of `links.LINKS` over compressors by path."""
+    """How one direction is sent: a row of `links.LINKS` over compressors by path.
 
-    link: str
+    Or a row of your own, such as `links.econtrol(0.02)`.
+    """
+
+    link: str | Row
     compressors: Any  # a Compressor, or Rules
 
 
 class UpState(NamedTuple):
-    """Trees like the parameters', float32; () where a link keeps nothing."""
+    """Trees like the parameters', at least float32; () where a link keeps nothing."""
 
     worker: PerWorkerMean  # LinkState(e, h) in the parameters' shapes
     h: Any  # mean of the workers' h: OverWorkers chunks, or whole
@@ -121,18 +124,44 @@ def make_plan(tree, up: Way, down: Way, chunks: int, dimensions=None) -> Plan:
 
 def init_up(plan: Plan, workers: int, owned: bool) -> UpState:
     """Zeros for all workers; `owned`: each chunk of the mean of h is with its owner."""
-    states = [init_link(leaf.up, leaf.shape) for leaf in plan.leaves]
+    states = [_zeros(leaf, leaf.up, leaf.shape) for leaf in plan.leaves]
     worker = LinkState(*(plan.treedef.unflatten(x) for x in zip(*states, strict=True)))
     shapes = [leaf.chunk if owned else leaf.shape for leaf in plan.leaves]
     pairs = zip(shapes, plan.leaves, strict=True)
-    h = [init_link(leaf.up, shape).h for shape, leaf in pairs]
+    h = [_zeros(leaf, leaf.up, shape).h for shape, leaf in pairs]
     kept = plan.keep(h) if owned else plan.treedef.unflatten(h)
     return replicate(UpState(PerWorkerMean(worker), kept), workers)
 
 
+def expect(plan: Plan, state: UpState, first, weights, owned: bool) -> UpState:
+    """Every h where `first`, the signals [workers, ...] of a tree, has them."""
+
+    def known(x, leaf):
+        return wide(x) if leaf.up.a else ()
+
+    signals = plan.treedef.flatten_up_to(first)
+    hs = [known(x, leaf) for x, leaf in zip(signals, plan.leaves, strict=True)]
+    workers = len(signals[0])
+    means = [_weighted(x, weights) if isinstance(x, jax.Array) else () for x in hs]
+    mean = plan.treedef.unflatten(means)
+    if owned:  # worker j has chunk j
+        chunks = plan.split(mean, workers)
+        kept = [
+            plan.keep([x[j] if isinstance(x, jax.Array) else () for x in chunks])
+            for j in range(workers)
+        ]
+        mean = jax.tree.map(lambda *x: jnp.stack(x), *kept)
+    link_states = state.worker.per_worker_mean._replace(h=plan.treedef.unflatten(hs))
+    return UpState(PerWorkerMean(link_states), mean)
+
+
+def _zeros(leaf: Leaf, link: Link, shape) -> LinkState:
+    return init_link(link, shape, dtype=wide_type(leaf.dtype))
+
+
 def init_down(plan: Plan, workers: int) -> DownState:
-    e = [init_link(leaf.down, leaf.chunk).e for leaf in plan.leaves]
-    h = [init_link(leaf.down, leaf.shape).h for leaf in plan.leaves]
+    e = [_zeros(leaf, leaf.down, leaf.chunk).e for leaf in plan.leaves]
+    h = [_zeros(leaf, leaf.down, leaf.shape).h for leaf in plan.leaves]
     return replicate(DownState(plan.keep(e), plan.treedef.unflatten(h)), workers)
 
 
@@ -260,6 +289,8 @@ def cast(plan: Plan, tree: PyTree) -> PyTree:
 def payload_bits(plan: Plan, way: Literal["up", "down"]) -> int:
     """Of one chunk of every leaf."""
     return 8 * sum(
-        message_size(payload_of(getattr(leaf, way).compressor, leaf.chunk))
+        message_size(
+            payload_of(getattr(leaf, way).compressor, leaf.chunk, wide_type(leaf.dtype))
+        )
         for leaf in plan.leaves
     )

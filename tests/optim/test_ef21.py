@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrows.optim.ef21 import clones, ef21_rate, ef21_weights, xi
+from narrows.optim.ef21 import clones, ef21_rate, ef21_weights, smoothness, xi
 from narrows.optim.links import init_link, make_link, send
 from narrows.optim.sparse import top_k
 
@@ -78,8 +78,32 @@ def test_the_new_rate_saves_the_predicted_rounds():
     assert new_rate > 2 * old_rate
 
 
+def test_smoothness_is_the_largest_eigenvalue():
+    """Of logistic losses at 0, tree-shaped parameters, one client and many at once."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(3, 40, 6)) * np.array([1, 2, 5])[:, None, None]
+    points = jnp.asarray(points, jnp.float32)
+
+    def loss(x, rows):
+        margins = rows[:, :4] @ x["w"] + rows[:, 4:] @ x["v"]
+        return jnp.logaddexp(0, -margins).mean()
+
+    def constant(rows, key):
+        zero = {"w": jnp.zeros(4), "v": jnp.zeros(2)}
+        return smoothness(lambda x: jax.grad(loss)(x, rows), zero, key, steps=200)
+
+    found = jax.vmap(constant)(points, jax.random.split(jax.random.key(0), 3))
+    exact = [np.linalg.eigvalsh(p.T @ p / 160)[-1] for p in np.asarray(points)]
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    assert (found <= np.array(exact) * (1 + 1e-5)).all()  # from below
+    flat = smoothness(lambda x: 0 * x, jnp.ones(3), jax.random.key(0))
+    assert flat == 0  # and no NaN
+
+
 def test_errors_say_what_is_allowed():
     with pytest.raises(ValueError, match="delta: 0"):
         xi(0)
     with pytest.raises(ValueError, match="mean: 'geometric'"):
         ef21_rate(1.0, np.ones(2), 0.5, mean="geometric")  # pyright: ignore
+    with pytest.raises(ValueError, match=r"clients: the least is 0\.0"):
+        ef21_weights(np.array([0.0, 1.0]))

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrows.data.bilinear import bilinear
+from narrows.data.bilinear import operator as of_pair
 from narrows.optim.compressed_mean import PLAIN, Way, compressed_mean
+from narrows.optim.extragradient import extragradient, saddle
 from narrows.optim.masha import masha
 from narrows.optim.sparse import random_k, top_k
 from narrows.parallel.state import simulate
@@ -19,26 +22,13 @@ WORKERS, D = 5, 25
 
 
 def problem():
-    rng = np.random.default_rng(0)
-    g = rng.normal(size=(WORKERS, D, D))
-    a = g @ g.transpose(0, 2, 1)
-    a /= np.linalg.norm(a, 2, axis=(1, 2))[:, None, None]
-    data = {
-        "A": a,
-        "a": rng.normal(size=(WORKERS, D)),
-        "b": rng.normal(size=(WORKERS, D)),
-    }
-    mean = {k: v.mean(0) for k, v in data.items()}
-    system = np.block([[0.1 * np.eye(D), mean["A"]], [-mean["A"].T, 0.1 * np.eye(D)]])
-    solution = np.linalg.solve(system, np.concatenate([-mean["a"], mean["b"]]))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), data), solution
+    made = bilinear(np.random.default_rng(0), workers=WORKERS, d=D)
+    solution = np.concatenate(made.solution)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made), solution
 
 
 def operator(z, data):
-    x, y = z[:D], z[D:]
-    down = data["A"] @ y + data["a"] + 0.1 * x
-    up = data["A"].T @ x + data["b"] - 0.1 * y
-    return jnp.concatenate([down, -up])
+    return jnp.concatenate(of_pair((z[:D], z[D:]), data))
 
 
 @functools.cache
@@ -55,30 +45,23 @@ def gap(name, *, anchored=True, both=True, steps=700):
     rate = 0.4 / 0.57
     method = masha(operator, mean, rate=rate, tau=0.7, workers=WORKERS)
 
-    def compressed_extragradient(data, carry):
-        """The operator itself is compressed, at both of its points."""
-        z, state, count = carry
-        key = jax.random.fold_in(jax.random.key(0), count)
-        first, state = mean.mean(operator(z, data), state, jax.random.fold_in(key, 0))
-        second, state = mean.mean(
-            operator(z - rate * first, data), state, jax.random.fold_in(key, 1)
-        )
-        return 0.0, (z - rate * second, state, count + 1)
-
-    def anchored_step(data, state):
-        return 0.0, method.step(data, state)
-
-    start = jnp.zeros(2 * D)
-    if anchored:
-        worker, carry = anchored_step, method.init(start)
-    else:
-        worker, carry = compressed_extragradient, (start, mean.init(start), 0)
-    go = simulate(worker, workers=WORKERS, axis_name="data")
-    end = jax.jit(
-        lambda c: jax.lax.fori_loop(0, steps, lambda _, c: go(data, c)[1], c)
-    )(carry)
-    z = np.asarray(end.z if anchored else end[0], np.float64)
+    if not anchored:  # the operator itself is compressed, at both of its points
+        method = extragradient(operator, mean, rate=rate)
+    end = many(method, data, jnp.zeros(2 * D), steps)
+    z = np.asarray(end.z, np.float64)
     return np.sum((z - solution) ** 2) / np.sum(solution**2)
+
+
+def many(method, data, z, steps):
+    go = simulate(
+        lambda data, state: (0.0, method.step(data, state)),
+        workers=WORKERS,
+        axis_name="data",
+    )
+    start = method.init(z)
+    return jax.jit(
+        lambda s: jax.lax.fori_loop(0, steps, lambda _, s: go(data, s)[1], s)
+    )(start)
 
 
 @pytest.mark.parametrize("name", ["masha1", "masha2"])
@@ -109,6 +92,79 @@ def test_without_compression_and_anchor_it_is_extragradient():
         z = z - 0.3 * whole(z - 0.3 * whole(z))
         np.testing.assert_allclose(state.z, z, atol=1e-5)
     assert state.anchors == 3
+
+
+@pytest.mark.parametrize("name", ["extragradient", "masha"])
+def test_steps_stay_in_the_set(name):
+    """On a box both end at the point that a small enough projected step keeps."""
+    data, _ = problem()
+
+    def box(z):
+        return jnp.clip(z, -0.5, 0.5)
+
+    if name == "masha":
+        way = Way("masha2", top_k(0.3))
+        mean = compressed_mean(way, down=way, workers=WORKERS)
+        method = masha(operator, mean, rate=0.3, tau=0.7, workers=WORKERS, project=box)
+    else:
+        mean = compressed_mean(PLAIN, workers=WORKERS)
+        method = extragradient(operator, mean, rate=0.3, project=box)
+    z = many(method, data, jnp.zeros(2 * D), 1500).z
+    slope = jax.vmap(operator, in_axes=(None, 0))(z, data).mean(0)
+    assert jnp.abs(z).max() == 0.5
+    np.testing.assert_allclose(z, box(z - 0.1 * slope), atol=1e-5)
+
+
+def test_at_the_solution_masha_stands_still():
+    """Differences from an anchor at z* are nothing, whatever the compressor draws."""
+    with jax.enable_x64(True):
+        made = bilinear(np.random.default_rng(1), workers=WORKERS, d=D)
+        data = jax.tree.map(jnp.asarray, made)
+        z = jnp.concatenate([jnp.asarray(x) for x in made.solution])
+        way = Way("plain", random_k(0.3))
+        mean = compressed_mean(way, down=way, workers=WORKERS)
+        method = masha(operator, mean, rate=0.5, tau=0.7, workers=WORKERS)
+        np.testing.assert_allclose(many(method, data, z, 20).z, z, atol=1e-13)
+
+
+def test_what_feedback_keeps_is_what_the_iterate_lacks():
+    """z' - rate (mean e' + owners' e') = z_h - rate (mean e + owners' e + exact)."""
+    with jax.enable_x64(True):
+        made = bilinear(np.random.default_rng(2), workers=WORKERS, d=D)
+        data = jax.tree.map(jnp.asarray, made)
+        way, rate, tau = Way("masha2", top_k(0.3)), 0.5, 0.7
+        mean = compressed_mean(way, down=way, workers=WORKERS)
+        method = masha(operator, mean, rate=rate, tau=tau, workers=WORKERS)
+
+        def kept(state):
+            e = state.mean.up.worker.per_worker_mean.e.mean(0)
+            return e + state.mean.down.e.over_workers.reshape(-1)[: 2 * D]
+
+        def each(z):
+            return jax.vmap(operator, in_axes=(None, 0))(z, data)
+
+        before = many(method, data, jnp.ones(2 * D), 7)
+        after = many(method, data, jnp.ones(2 * D), 8)
+        middle = tau * before.z + (1 - tau) * after.w - rate * after.whole
+        exact = (each(middle) - each(after.w)).mean(0)
+        np.testing.assert_allclose(
+            after.z - rate * kept(after),
+            middle - rate * (kept(before) + exact),
+            atol=1e-13,
+        )
+
+
+def test_a_saddle_gives_its_operator():
+    data, _ = problem()
+    one = jax.tree.map(lambda x: x[0], data)
+
+    def game(x, y, of):
+        linear = x @ of.A @ y + of.a @ x + of.b @ y
+        return linear + of.lam / 2 * (x @ x - y @ y)
+
+    z = jnp.linspace(-1, 1, 2 * D)
+    found = jnp.concatenate(saddle(game)((z[:D], z[D:]), one))
+    np.testing.assert_allclose(found, operator(z, one), atol=1e-5)
 
 
 def test_tau_is_a_chance():
