@@ -54,10 +54,15 @@ def mixture_information(
     c = 1 "upper" (by KL), c = 4 "lower" (by Bhattacharyya's distance) (Kolchinsky and
     Tracey 2017, arXiv:1706.02419, Eq. 10, 11; the first is NIB's, arXiv:1705.02436).
     At least 0, at most log n. mask: rows that are False change nothing.
-    Raises: ValueError for another bound, or a mean that is not [n, e].
+    Raises: ValueError for another bound, a mean that is not [n, e], or a variance that
+    is not one number.
     """
     if bound not in ("upper", "lower"):
         raise ValueError(f"bound: {bound!r}, but allowed are 'upper' and 'lower'")
+    if jnp.ndim(variance):
+        raise ValueError(
+            f"variance: shape {jnp.shape(variance)}, but one number serves all rows"
+        )
     mean = without_masked(rows_of("mean", mean), mask)
     factor = 2.0 if bound == "upper" else 8.0
     log_w = log_weights(mean, mask)

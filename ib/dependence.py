@@ -34,7 +34,8 @@ def hsic(
 
     = mean (K o Q) + mean K mean Q - 2 mean_i (row mean K)(row mean Q), at least 0:
     `divergences.mmd` between p(x,t) and p(x)p(t) (Gretton et al. 2005). mask: rows
-    that are False change nothing.
+    that are False change nothing. K and Q enter less 1, which alters nothing but keeps
+    the digits where wide kernels make all entries nearly 1.
     """
     x, t = rows_of("x", x), rows_of("t", t)
     same_rows(x=x, t=t, **({} if mask is None else {"mask": mask}))
@@ -43,8 +44,8 @@ def hsic(
     w = jnp.exp(log_weights(x, mask))
 
     def row(a, b):
-        k = jnp.exp(log_gaussian(a, x, width_x))
-        q = jnp.exp(log_gaussian(b, t, width_t))
+        k = jnp.expm1(log_gaussian(a, x, width_x))
+        q = jnp.expm1(log_gaussian(b, t, width_t))
         return (k * q) @ w, k @ w, q @ w
 
     joint, k, q = by_rows(row, x, t, block=block)
@@ -92,7 +93,7 @@ def matrix_entropy(
     needs no eigenvalues.
     Raises: ValueError for an alpha that is 1 or not above 0.
 
-    >>> float(matrix_entropy(jnp.eye(8)))
+    >>> round(float(matrix_entropy(jnp.eye(8))), 3)
     3.0
     """
     if alpha <= 0 or alpha == 1:

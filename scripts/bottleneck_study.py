@@ -95,10 +95,13 @@ def _mlp(layers, x):
 def init(key, features: int, shape: Shape, objective: Objective) -> Params:
     keys = jax.random.split(key, 3)
     codes = shape.code * (2 if objective.noise == "own" else 1)
+    encoder = _layers(keys[0], (features, shape.width, shape.width, codes))
+    # Codes start at the size of the noise: a mixture bound far above it has no slope.
+    encoder[-1] = jax.tree.map(lambda a: a * shape.code**-0.5, encoder[-1])
     params: Params = {
-        "encoder": _layers(keys[0], (features, shape.width, shape.width, codes)),
+        "encoder": encoder,
         "decoder": _layers(keys[1], (shape.code, shape.width, 1)),
-        "noise": jnp.full((), -2.0),  # softplus: a scale of 0.13
+        "noise": jnp.full((), 0.5413),  # softplus: a scale of 1
     }
     if objective.backward:
         params["backward"] = _layers(keys[2], (1, shape.width, 2 * shape.code))

@@ -44,7 +44,7 @@ CLASSES, CODE, TRAIN, TEST, MEASURED = 5, 5, 50, 250, 500
 TARGET = 1.5  # nats, where the constraint on I(X;Z) is on
 DECAYS, RATES, DRAWS = (0.0, 1e-2, 1e-1), (0.0, 5e-4), 3
 SCALES = {  # widths, steps
-    "quick": ((32, 64, 128, 16), 300),
+    "quick": ((8, 16, 32, 64), 300),
     "full": ((32, 64, 128, 256), 300),
     "paper": ((32, 64, 128, 256), 300),
 }
@@ -76,37 +76,40 @@ def blobs(seed: int, draw: int) -> Data:
     return Data(*parts)
 
 
-def _dense(key, sizes) -> list[tuple[Array, Array]]:
-    """Uniform in +-1/sqrt(inputs), as the authors' framework draws them."""
-    layers = []
-    for k, i, o in zip(
-        jax.random.split(key, len(sizes)), sizes, sizes[1:], strict=False
-    ):
-        w, b = jax.random.split(k)
-        bound = i**-0.5
-        layers.append(
-            (
-                jax.random.uniform(w, (i, o), minval=-bound, maxval=bound),
-                jax.random.uniform(b, (o,), minval=-bound, maxval=bound),
-            )
-        )
-    return layers
-
-
 def _mlp(layers, x):
     for w, b in layers[:-1]:
         x = jax.nn.relu(x @ w + b)
     return x @ layers[-1][0] + layers[-1][1]
 
 
-def init(key, width: int) -> dict[str, Any]:
-    sizes = (2, width, width, width // 2, width // 2, CODE)
-    one, two, three = jax.random.split(key, 3)
-    return {
-        "mean": _dense(one, sizes),
-        "scale": _dense(two, sizes),
-        "head": _dense(three, (CODE, CLASSES)),
-    }
+def start(seed: int, width: int, room: int) -> dict[str, Any]:
+    """Parameters of a network of this width, in arrays of `room`: He's initialisation.
+
+    What is beyond the width is 0 and stays 0, whatever is learned: it feeds and is fed
+    by nothing. So networks of all widths are one program.
+    """
+    rng = np.random.default_rng(seed)
+
+    def dense(sizes, places):
+        layers = []
+        for i, o, rows, columns in zip(
+            sizes[:-1], sizes[1:], places[:-1], places[1:], strict=True
+        ):
+            w = np.zeros((rows, columns), np.float32)
+            w[:i, :o] = rng.normal(size=(i, o)) * (2 / i) ** 0.5
+            layers.append((w, np.zeros(columns, np.float32)))
+        return layers
+
+    def sizes(w):
+        return (2, w, w, w // 2, w // 2, CODE)
+
+    law = {name: dense(sizes(width), sizes(room)) for name in ("mean", "scale")}
+    return law | {"head": dense((CODE, CLASSES), (CODE, CLASSES))}
+
+
+def parameters(width: int) -> int:
+    """How many numbers a network of this width learns."""
+    return sum(a.size for a in jax.tree.leaves(start(0, width, width)))
 
 
 def law(params, x):
@@ -125,15 +128,13 @@ def cross_entropy(logits, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-@functools.partial(jax.jit, static_argnames=("width", "steps"))
-def study(data: Data, decay, rate, keys, *, width: int, steps: int) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnames="steps")
+def study(params, data: Data, decay, rate, keys, *, steps: int) -> dict[str, Array]:
     """One network for each leading index: its gap and what might predict it."""
 
-    def one(data, decay, rate, key):
-        tx = optax.chain(
-            optax.add_decayed_weights(decay), optax.sgd(1e-2, momentum=0.9)
-        )
-        params = init(key, width)
+    def one(params, data, decay, rate, key):
+        sgd = optax.sgd(1e-2, momentum=0.9)
+        tx = optax.chain(optax.add_decayed_weights(decay), sgd)
 
         def step(carry, key):
             params, state, price = carry
@@ -149,12 +150,12 @@ def study(data: Data, decay, rate, keys, *, width: int, steps: int) -> dict[str,
             params = optax.apply_updates(params, updates)
             return (params, state, price + rate * (TARGET - kept)), None
 
-        start = (params, tx.init(params), jnp.zeros(()))
+        carry = (params, tx.init(params), jnp.zeros(()))
         every = jax.random.split(jax.random.fold_in(key, 1), steps)
-        params = jax.lax.scan(step, start, every)[0][0]
+        params = jax.lax.scan(step, carry, every)[0][0]
         return judged(params, data, jax.random.fold_in(key, 2))
 
-    return jax.vmap(one)(data, decay, rate, keys)
+    return jax.vmap(one)(params, data, decay, rate, keys)
 
 
 def judged(params, data: Data, key) -> dict[str, Array]:
@@ -169,7 +170,7 @@ def judged(params, data: Data, key) -> dict[str, Array]:
     others = jnp.where(jax.nn.one_hot(data.train.y, CLASSES) > 0, -jnp.inf, logits)
     code = logits_of(params, data.measured.x, keys[10])[1]
     labels = data.measured.y
-    norms = jnp.stack([jnp.linalg.norm(w.ravel()) for w in jax.tree.leaves(params)])
+    norms = jnp.stack([jnp.linalg.norm(w) for part in params.values() for w, _ in part])
     return {
         "gap": test - train,
         "accuracy": (logits.argmax(1) == data.train.y).mean(),
@@ -180,24 +181,26 @@ def judged(params, data: Data, key) -> dict[str, Array]:
         "norm sum": norms.sum(),
         "norm product": jnp.log(norms).sum(),
         "margin": -(right - others.max(1)).mean(),
-        "parameters": jnp.asarray(sum(a.size for a in jax.tree.leaves(params)), float),
     }
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def toy_study(scale: str, seed: int) -> Iterator[Row]:
     """Spearman's correlation of each predictor with the gap over the networks."""
     widths, steps = SCALES[scale]
-    grid = list(itertools.product(DECAYS, RATES, range(DRAWS)))
-    draws = [blobs(seed, draw) for _, _, draw in grid]
-    data = jax.tree.map(lambda *leaves: np.stack(leaves), *draws)
-    decay, rate = (np.array([g[i] for g in grid], np.float32) for i in (0, 1))
-    found: dict[str, list[np.ndarray]] = {}
-    for width in widths:
-        keys = jax.random.split(jax.random.key(1000 * seed + width), len(grid))
-        out = study(data, decay, rate, keys, width=width, steps=steps)
-        for name, values in out.items():
-            found.setdefault(name, []).append(np.asarray(values, np.float64))
-    whole = {name: np.concatenate(values) for name, values in found.items()}
+    grid = list(itertools.product(widths, DECAYS, RATES, range(DRAWS)))
+    decay, rate = (np.array([g[i] for g in grid], np.float32) for i in (1, 2))
+    params = stacked(
+        [start(1000 * seed + i, g[0], max(widths)) for i, g in enumerate(grid)]
+    )
+    data = stacked([blobs(seed, g[3]) for g in grid])
+    keys = jax.random.split(jax.random.key(seed), len(grid))
+    out = study(params, data, decay, rate, keys, steps=steps)
+    whole = {name: np.asarray(values, np.float64) for name, values in out.items()}
+    whole["parameters"] = np.array([parameters(g[0]) for g in grid], np.float64)
     kept = (whole["accuracy"] > LEAST_ACCURACY) & np.isfinite(whole["gap"])
     yield Row("networks", int(kept.sum()))
     yield Row("gap, nats", float(whole["gap"][kept].mean()))
@@ -207,11 +210,11 @@ def toy_study(scale: str, seed: int) -> Iterator[Row]:
         tau = stats.kendalltau(whole[name][kept], whole["gap"][kept]).statistic
         yield Row("kendall", float(np.nan_to_num(tau)), name)
         inside = []
-        for values, gaps, good in zip(
-            found[name], found["gap"], np.split(kept, len(widths)), strict=True
-        ):
-            if good.sum() > 4 and np.ptp(values[good]) > 0:
-                inside.append(stats.spearmanr(values[good], gaps[good]).statistic)
+        for width in widths:
+            mine = kept & np.array([g[0] == width for g in grid])
+            if mine.sum() > 4 and np.ptp(whole[name][mine]) > 0:
+                rank = stats.spearmanr(whole[name][mine], whole["gap"][mine])
+                inside.append(rank.statistic)
         if inside:
             yield Row("spearman within a width", float(np.mean(inside)), name)
     for i in np.flatnonzero(kept):
