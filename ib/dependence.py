@@ -40,12 +40,12 @@ def hsic(
     x, t = rows_of("x", x), rows_of("t", t)
     same_rows(x=x, t=t, **({} if mask is None else {"mask": mask}))
     x, t = without_masked(x, mask), without_masked(t, mask)
-    width_x, width_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
+    wide_x, wide_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
     w = jnp.exp(log_weights(x, mask))
 
     def row(a, b):
-        k = jnp.expm1(log_gaussian(a, x, width_x))
-        q = jnp.expm1(log_gaussian(b, t, width_t))
+        k = jnp.expm1(log_gaussian(a, x, wide_x))
+        q = jnp.expm1(log_gaussian(b, t, wide_t))
         return (k * q) @ w, k @ w, q @ w
 
     joint, k, q = by_rows(row, x, t, block=block)
@@ -70,7 +70,7 @@ def nhsic(
         raise ValueError(f"epsilon: {epsilon}, but it must be above 0")
     x, t = rows_of("x", x), rows_of("t", t)
     same_rows(x=x, t=t)
-    width_x, width_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
+    wide_x, wide_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
 
     def kept(kernel):
         n = kernel.shape[0]
@@ -78,8 +78,8 @@ def nhsic(
         ridge = n * epsilon * jnp.eye(n, dtype=kernel.dtype)
         return jax.scipy.linalg.solve(centred + ridge, centred, assume_a="pos")
 
-    k = kept(jnp.exp(log_gaussian(x, x, width_x)))
-    q = kept(jnp.exp(log_gaussian(t, t, width_t)))
+    k = kept(jnp.exp(log_gaussian(x, x, wide_x)))
+    q = kept(jnp.exp(log_gaussian(t, t, wide_t)))
     return (k * q.T).sum()
 
 
@@ -121,8 +121,8 @@ def matrix_information(
     x, t = rows_of("x", x), rows_of("t", t)
     same_rows(x=x, t=t, **({} if mask is None else {"mask": mask}))
     x, t = without_masked(x, mask), without_masked(t, mask)
-    width_x, width_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
-    k, q = log_gaussian(x, x, width_x), log_gaussian(t, t, width_t)
+    wide_x, wide_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
+    k, q = log_gaussian(x, x, wide_x), log_gaussian(t, t, wide_t)
     keep = jnp.exp(log_weights(x, mask) / 2)
     keep = keep[:, None] * keep
     single, other, both = (

@@ -50,9 +50,9 @@ def cs_divergence(
     0.0
     """
     x, y = rows_of("x", x), rows_of("y", y)
-    width = width_of("width", width, x)
-    own = log_mean(x, x, width, block=block) + log_mean(y, y, width, block=block)
-    return own - 2 * log_mean(x, y, width, block=block)
+    wide = width_of("width", width, x)
+    own = log_mean(x, x, wide, block=block) + log_mean(y, y, wide, block=block)
+    return own - 2 * log_mean(x, y, wide, block=block)
 
 
 def conditional_cs(
@@ -77,13 +77,13 @@ def conditional_cs(
     x, y = rows_of("x", x), rows_of("y", y)
     predicted = rows_of("predicted", predicted)
     same_rows(x=x, y=y, predicted=predicted)
-    width_x, width_y = width_of("width_x", width_x, x), width_of("width_y", width_y, y)
+    wide_x, wide_y = width_of("width_x", width_x, x), width_of("width_y", width_y, y)
 
     def row(a, b, c):
-        k = log_gaussian(a, x, width_x)
+        k = log_gaussian(a, x, wide_x)
         norm = 2 * logsumexp(k, axis=1)
         pairs = ((b, y), (c, predicted), (c, y))
-        sums = [logsumexp(k + log_gaussian(u, v, width_y), axis=1) for u, v in pairs]
+        sums = [logsumexp(k + log_gaussian(u, v, wide_y), axis=1) for u, v in pairs]
         return jnp.stack(sums, -1) - norm[:, None]
 
     true, ours, cross = logsumexp(by_rows(row, x, y, predicted, block=block), axis=0)
@@ -183,26 +183,26 @@ def conditional_cs_qmi(
     """
     x, t, y = rows_of("x", x), rows_of("t", t), rows_of("y", y)
     same_rows(x=x, t=t, y=y)
-    width_x, width_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
-    width_y = width_of("width_y", width_y, y)
+    wide_x, wide_t = width_of("width_x", width_x, x), width_of("width_t", width_t, t)
+    wide_y = width_of("width_y", width_y, y)
 
-    def kept(w, sample, width):
+    def kept(w, sample, wide):
         """sum_il w_ji w_jl kappa(sample_i, sample_l), over blocks of i."""
 
         def part(rows, weights):
-            kernel = jnp.exp(log_gaussian(rows, sample, width))
+            kernel = jnp.exp(log_gaussian(rows, sample, wide))
             inner = jnp.matmul(kernel, w.T, precision=jax.lax.Precision.HIGHEST)
             return inner * weights
 
         return by_rows(part, sample, w.T, block=block).sum(0)
 
     def row(a, b, c):
-        m = log_gaussian(c, y, width_y)
+        m = log_gaussian(c, y, wide_y)
         norm = logsumexp(m, axis=1)
-        k, q = log_gaussian(a, x, width_x), log_gaussian(b, t, width_t)
+        k, q = log_gaussian(a, x, wide_x), log_gaussian(b, t, wide_t)
         both, mk, mq = (logsumexp(m + kernel, axis=1) for kernel in (k + q, k, q))
         w = jnp.exp(m - norm[:, None])
-        split = jnp.log(kept(w, x, width_x)) + jnp.log(kept(w, t, width_t))
+        split = jnp.log(kept(w, x, wide_x)) + jnp.log(kept(w, t, wide_t))
         return jnp.stack([both - 2 * norm, split - norm, mk + mq - 3 * norm], -1)
 
     joint, apart, cross = logsumexp(by_rows(row, x, t, y, block=block), axis=0)
@@ -223,8 +223,8 @@ def mmd(
     (Gretton et al. 2012, Eq. 5.) A rule of width is applied to x.
     """
     x, y = rows_of("x", x), rows_of("y", y)
-    width = width_of("width", width, x)
-    means = [log_mean(a, b, width, block=block) for a, b in ((x, x), (y, y), (x, y))]
+    wide = width_of("width", width, x)
+    means = [log_mean(a, b, wide, block=block) for a, b in ((x, x), (y, y), (x, y))]
     return jnp.exp(means[0]) + jnp.exp(means[1]) - 2 * jnp.exp(means[2])
 
 
@@ -242,11 +242,11 @@ def kl_kde(
     Finite however far the predictions lie. A rule of width is applied to y.
     """
     y, predicted = rows_of("y", y), rows_of("predicted", predicted)
-    width = width_of("width", width, y)
+    wide = width_of("width", width, y)
 
     def row(a):
         own, other = (
-            logsumexp(log_gaussian(a, b, width), axis=1) - jnp.log(float(b.shape[0]))
+            logsumexp(log_gaussian(a, b, wide), axis=1) - jnp.log(float(b.shape[0]))
             for b in (y, predicted)
         )
         return own - other
@@ -272,12 +272,12 @@ def conditional_kl(
     x, y = rows_of("x", x), rows_of("y", y)
     predicted = rows_of("predicted", predicted)
     same_rows(x=x, y=y, predicted=predicted)
-    width_x, width_y = width_of("width_x", width_x, x), width_of("width_y", width_y, y)
+    wide_x, wide_y = width_of("width_x", width_x, x), width_of("width_y", width_y, y)
 
     def row(a, b):
-        k = log_gaussian(a, x, width_x)
+        k = log_gaussian(a, x, wide_x)
         true, ours = (
-            logsumexp(k + log_gaussian(b, c, width_y), axis=1) for c in (y, predicted)
+            logsumexp(k + log_gaussian(b, c, wide_y), axis=1) for c in (y, predicted)
         )
         return true - ours
 

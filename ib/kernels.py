@@ -136,13 +136,13 @@ def per_feature(scale: float = 1.0) -> Rule:
     return lambda x: jnp.asarray(scale * x.shape[1] ** 0.5, x.dtype)
 
 
-def width_of(name: str, rule: Width, x: Float[Array, "n d"]):
+def width_of(name: str, rule: Width, x: Float[Array, "n d"]) -> Float[Array, ""]:
     """The width a rule gives for x. Raises: ValueError for a number not above 0."""
     if callable(rule):
         return rule(x)
     if isinstance(rule, int | float) and rule <= 0:
         raise ValueError(f"{name}: {rule}, but a kernel's width must be above 0")
-    return rule
+    return jnp.asarray(rule, x.dtype)
 
 
 def log_weights(

@@ -20,6 +20,7 @@ from narrows.ib.kernels import spread
 from narrows.ib.objectives.protocol import Objective, Sample, draw, loss_of
 
 Params = dict[str, Any]
+Arrays = Array | np.ndarray
 MEASURED = 512  # training rows on which information is measured
 
 
@@ -35,12 +36,12 @@ class Shape(NamedTuple):
 class Task(NamedTuple):
     """Parts of a split as arrays, features padded with zeros to a common number."""
 
-    x: Float[Array, "n d"]
-    y: Float[Array, "n 1"]
-    valid_x: Float[Array, "m d"]
-    valid_y: Float[Array, "m 1"]
-    test_x: Float[Array, "l d"]
-    test_y: Float[Array, "l 1"]
+    x: Float[Arrays, "n d"]
+    y: Float[Arrays, "n 1"]
+    valid_x: Float[Arrays, "m d"]
+    valid_y: Float[Arrays, "m 1"]
+    test_x: Float[Arrays, "l d"]
+    test_y: Float[Arrays, "l 1"]
 
 
 class Run(NamedTuple):

@@ -28,15 +28,14 @@ def cs_ib(
     width_t: of codes; None is their `spread`, for codes have no scale of their own.
     normalized: weigh I(x;t) / sqrt(I(x;x) I(t;t)) as the trainer does, not I(x;t).
     """
-    widths: dict[str, Width] = {"width_x": width_x}
-    widths["width_t"] = spread() if width_t is None else width_t
+    of_t = spread() if width_t is None else width_t
     measure = normalized_cs_qmi if normalized else cs_qmi
 
     def prediction(s: Sample):
         return conditional_cs(s.x, s.y, s.predicted, width_x=width_x, width_y=width_y)
 
     def compression(s: Sample):
-        return measure(s.x, s.code, mask=s.mask, **widths)
+        return measure(s.x, s.code, width_x=width_x, width_t=of_t, mask=s.mask)
 
     return Objective(prediction, compression, "" if normalized else "nats")
 

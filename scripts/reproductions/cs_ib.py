@@ -80,12 +80,12 @@ RIVALS = {
     "nib": Method((0, 1e-2, 1e-1, 3e-1, 1)),
     "square_nib": Method((0, 1e-3, 1e-2, 3e-2, 1e-1)),
     "exp_nib": Method((0, 1e-3, 1e-2, 3e-2, 1e-1)),
-    "hsic": Method((0, 0.3, 1, 3, 10), {"width_x": spread(), "width_t": spread()}),
+    "hsic": Method((0, 1, 10, 30, 100), {"width_x": spread(), "width_t": spread()}),
     "dib": Method((0, 1e-2, 1e-1, 3e-1, 1), {"alpha": 2.0}),
 }
 # Widths by validation on three of the tables at seed 0, of 1, 2, 4 for labels and 1, 2
 # for inputs: more tuning than a rival got.
-METHODS = {"cs_ib": Method((0, 0.01, 0.1, 0.3, 1), {"width_y": 2.0}), **RIVALS}
+METHODS = {"cs_ib": Method((0, 0.01, 0.1, 1, 3), {"width_y": 2.0}), **RIVALS}
 SQUARES = "squared error"  # the rivals' loss at beta = 0, without noise
 
 

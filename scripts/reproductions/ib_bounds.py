@@ -54,8 +54,8 @@ BASELINES = ("parameters", "norm sum", "norm product", "margin")
 
 
 class Points(NamedTuple):
-    x: Array  # [n, 2]
-    y: Array  # [n]
+    x: Any  # [n, 2] of numpy or jax
+    y: Any  # [n]
 
 
 class Data(NamedTuple):
@@ -205,16 +205,15 @@ def toy_study(scale: str, seed: int) -> Iterator[Row]:
     yield Row("networks", int(kept.sum()))
     yield Row("gap, nats", float(whole["gap"][kept].mean()))
     for name in (*PREDICTORS, *BASELINES):
-        value = stats.spearmanr(whole[name][kept], whole["gap"][kept]).statistic
-        yield Row("spearman", float(np.nan_to_num(value)), name)
-        tau = stats.kendalltau(whole[name][kept], whole["gap"][kept]).statistic
+        rho = stats.spearmanr(whole[name][kept], whole["gap"][kept])[0]
+        yield Row("spearman", float(np.nan_to_num(rho)), name)
+        tau = stats.kendalltau(whole[name][kept], whole["gap"][kept])[0]
         yield Row("kendall", float(np.nan_to_num(tau)), name)
         inside = []
         for width in widths:
             mine = kept & np.array([g[0] == width for g in grid])
             if mine.sum() > 4 and np.ptp(whole[name][mine]) > 0:
-                rank = stats.spearmanr(whole[name][mine], whole["gap"][mine])
-                inside.append(rank.statistic)
+                inside.append(stats.spearmanr(whole[name][mine], whole["gap"][mine])[0])
         if inside:
             yield Row("spearman within a width", float(np.mean(inside)), name)
     for i in np.flatnonzero(kept):
@@ -232,7 +231,8 @@ def linear_channel(scale: str, seed: int) -> Iterator[Row]:
     mean = (rng.normal(size=(4000, 3)) @ weights).astype(np.float32)
     code = mean + noise * rng.normal(size=mean.shape).astype(np.float32)
     spread = np.full_like(mean, noise)
-    found = {b: float(sampled_information(code, mean, spread, bound=b)) for b in BOUNDS}
+    arrays = tuple(jnp.asarray(a, jnp.float32) for a in (code, mean, spread))
+    found = {b: float(sampled_information(*arrays, bound=b)) for b in BOUNDS}
     yield Row("error of the mixture, nats", found["mixture"] - exact)
     yield Row("jensen", found["jensen"], "jensen")
     yield Row("jensen", exact, "exact")

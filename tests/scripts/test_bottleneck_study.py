@@ -17,6 +17,7 @@ from narrows.scripts.bottleneck_study import (
 from narrows.scripts.reproductions import ib_bounds
 from narrows.scripts.reproductions.cs_ib import at_half
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = Shape(width=8, code=3, batch=16, epochs=6, learning_rate=1e-2, together=4)
 BETAS = (0.0, 0.1, 10.0, 0.1)
 VIB = make_objective("vib")
