@@ -66,7 +66,7 @@ class Data(NamedTuple):
 
 def blobs(seed: int, draw: int) -> Data:
     """One set of five centres a seed, three draws of points around them."""
-    centres = np.random.default_rng([seed, 0]).uniform(-2, 2, size=(CLASSES, 2))
+    centres = np.random.default_rng([seed, 0]).uniform(-3, 3, size=(CLASSES, 2))
     rng = np.random.default_rng([seed, 1 + draw])
     parts = []
     for n in (TRAIN, TEST, MEASURED):
