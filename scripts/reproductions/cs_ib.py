@@ -11,9 +11,9 @@ Cauchy-Schwarz information in place of a bound, give lower test errors on real t
 
     python scripts/reproduce.py --system=cs_ib
 
-Expected: with a tenth of the labels shifted far the error to the clean target falls
-four times against squared error; on the real tables there is no gain without
-compression.
+Expected: with a tenth of the labels shifted far the error to the clean target is less
+than half of squared error's; on the real tables there is no gain: the ordering of the
+paper is not found.
 Every method gets the same runs: one network, one learning rate, as many betas, the
 best epoch and the best beta by validation error. Rivals share squared error, so at
 beta = 0 those without noise are one run.
@@ -223,6 +223,12 @@ def heavy_tails(scale: str, seed: int) -> Iterator[Row]:
                     yield Row(f"clean rmse {tail} by beta", value, f"beta={beta:g}")
 
 
+NOTE = (
+    "Equal to squared error within the spread of seeds. The script released with the "
+    "paper trains squared error, not this loss."
+)
+
+
 def claims() -> Iterator[Claim]:
     for title in TABLES:
         yield Claim(
@@ -231,6 +237,7 @@ def claims() -> Iterator[Claim]:
             "lower RMSE at r = 0 on every set",
             Ordering(f"rmse r=0 {title}", "cs_ib", SQUARES),
             real_tables,
+            note=NOTE,
         )
     for rival in RIVALS:
         yield Claim(
@@ -239,6 +246,9 @@ def claims() -> Iterator[Claim]:
             "lower RMSE at r = 0.5 on every set" if rival != "dib" else "not stated",
             Ratio("relative rmse r=0.5", "cs_ib", rival, at_most=1.0),
             real_tables,
+            note="hsic does not reach half on three tables; read at its last beta."
+            if rival == "hsic"
+            else "",
         )
     for title in TABLES:
         yield Claim(
@@ -255,6 +265,7 @@ def claims() -> Iterator[Claim]:
             "lower RMSE at every budget",
             Ratio("fgsm 0.2", "cs_ib", rival, at_most=1.0),
             real_tables,
+            note="Noise in the code smooths; a sharper fit is attacked more easily.",
         )
     yield Claim(
         "outliers",
