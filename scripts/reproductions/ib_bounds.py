@@ -9,7 +9,8 @@ more than counts and norms of parameters do.
 
     python scripts/reproduce.py --system=ib_bounds
 
-Expected: Spearman's correlation with the gap over 72 networks a seed.
+Expected: a Spearman correlation with the gap of 0.74, over some 55 networks a seed that
+fit; norms 0.7, the training margin 0.83, the parameter count none.
 The toy study: five Gaussian blobs in the plane, 50 training points, stochastic encoders
 of five numbers, all of weight decay, width, constraint on information and three draws
 of the data. Left out: the parameter term I(encoder; training set), and pictures.
@@ -244,6 +245,13 @@ def linear_channel(scale: str, seed: int) -> Iterator[Row]:
 BOUNDS = ("mixture", "jensen")
 
 
+NOTES = {
+    "norm sum": "Above it in the mean, by less than seeds differ.",
+    "norm product": "Above it in the mean, by less than seeds differ.",
+    "margin": "The margin says how low the training loss is: a part of the gap itself.",
+}
+
+
 def claims() -> Iterator[Claim]:
     yield Claim(
         "chance",
@@ -259,6 +267,7 @@ def claims() -> Iterator[Claim]:
             "more strongly and more consistently than counts and norms",
             Ordering("spearman", "I(X;Z|Y)", name, lower_is_better=False),
             toy_study,
+            note=NOTES.get(name, ""),
         )
     yield Claim(
         "given_y",
@@ -266,6 +275,7 @@ def claims() -> Iterator[Claim]:
         "I(X;Z|Y) is what the bound holds",
         Ordering("spearman", "I(X;Z|Y)", "I(X;Z)", lower_is_better=False),
         toy_study,
+        note="Networks that fit their labels keep the same I(Z;Y): both order them alike.",
     )
     yield Claim(
         "closed_form",
