@@ -275,7 +275,7 @@ def claims() -> Iterator[Claim]:
         "I(X;Z|Y) is what the bound holds",
         Ordering("spearman", "I(X;Z|Y)", "I(X;Z)", lower_is_better=False),
         toy_study,
-        note="Networks that fit their labels keep the same I(Z;Y): both order them alike.",
+        note="Networks that fit keep the same I(Z;Y): both order them alike.",
     )
     yield Claim(
         "closed_form",
