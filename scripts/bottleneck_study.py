@@ -188,7 +188,7 @@ def _run(task: Task, beta, seed, *, shape: Shape, objective: Objective) -> Run:
         test_mse=mse(best, task.test_x, task.test_y),
         train_mse=mse(best, task.x, task.y),
         compression=objective.compression(seen),
-        cs_information=cs_qmi(x, seen.code, width_t=spread()),
+        cs_information=cs_qmi(seen.x, seen.code, width_t=spread()),
         epoch=end[4],
     )
 

@@ -209,9 +209,9 @@ def toy_study(scale: str, seed: int) -> Iterator[Row]:
     yield Row("networks", int(kept.sum()))
     yield Row("gap, nats", float(whole["gap"][kept].mean()))
     for name in (*PREDICTORS, *BASELINES):
-        rho = stats.spearmanr(whole[name][kept], whole["gap"][kept])[0]
+        rho: Any = stats.spearmanr(whole[name][kept], whole["gap"][kept])[0]
         yield Row("spearman", float(np.nan_to_num(rho)), name)
-        tau = stats.kendalltau(whole[name][kept], whole["gap"][kept])[0]
+        tau: Any = stats.kendalltau(whole[name][kept], whole["gap"][kept])[0]
         yield Row("kendall", float(np.nan_to_num(tau)), name)
         inside = []
         for width in widths:
