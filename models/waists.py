@@ -1,13 +1,14 @@
 """The table of waists: name -> factory(width, rngs=..., **options) of a layer.
 
 A new waist is one file beside this one and one line here; every quantiser of
-`quantize/table.py` is one already.
+`quantize/table.py` is one already, and every objective of `information.py`.
 """
 
 from collections.abc import Callable
 
 from flax import nnx
 
+from . import information
 from .affine import Squeeze
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
@@ -22,6 +23,7 @@ WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "key_value": KeyValue,
     "squeeze": Squeeze,
     **table.WAISTS,
+    **information.WAISTS,
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
+from narrows.models import information
 from narrows.models.language_model import Parts, model_parts
 from narrows.models.transformer import TransformerConfig
 from narrows.models.waists import WAISTS
@@ -52,7 +53,8 @@ def model_record(values: flags.FlagValues, *, vocab_size: int, max_len: int) -> 
     config |= {"vocab_size": -(-vocab_size // 128) * 128, "max_len": max_len}
     options = {}
     if values.waist != "none":
-        options["codes"] = values.codes
+        if values.waist not in information.WAISTS:
+            options["codes"] = values.codes
         if values.waist == "codebook" or values["code_width"].present:
             options["code_width"] = values.code_width
     return {

@@ -33,8 +33,8 @@ from narrows.scripts.claims import Claim, Law, Ordering, Ratio, Row, System
 from narrows.scripts.client_quadratics import Ends, solved
 from narrows.scripts.client_rows import dealt
 from narrows.scripts.links_table import bits_to_solution
-from narrows.scripts.ridge_logistic import RATES, excess_losses
 from narrows.scripts.results import Recorded
+from narrows.scripts.ridge_logistic import RATES, excess_losses
 
 SYSTEM = System(
     slug="econtrol",

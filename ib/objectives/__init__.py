@@ -1,0 +1,1 @@
+"""Information-bottleneck objectives for any encoder; `table.py` lists them."""
