@@ -59,7 +59,8 @@ def test_gradients_are_those_of_the_row(quick_jit, name, devices, microbatches, 
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves((total, *wanted)), strict=True)
     for a, b in pairs:
         scale = jnp.abs(b).max()
-        np.testing.assert_allclose(a / scale, b / scale, atol=1e-6)
+        # both are rounded, over as many as eight stages: 1e-6 each
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=2e-6)
 
 
 def test_slots_are_as_many_as_the_schedule_keeps():

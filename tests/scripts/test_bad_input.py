@@ -16,7 +16,7 @@ ANYWHERE = {
     "unreadable mesh": ("--mesh=rows=8", ["mesh", "rows=8", "data", "tensor"]),
     "mesh that does not fit": ("--mesh=data=3", ["mesh", "3 devices", "8"]),
     "axis that nothing uses": ("--mesh=data=4,expert=2", ["mesh", "expert=2"]),
-    "layers that do not divide": ("--mesh=stage=8", ["blocks/", "depth", "stage=8"]),
+    "layers that do not divide": ("--mesh=stage=8", ["depth: 2", "stage=8", "fits: 8"]),
     "heads that do not divide": ("--mesh=tensor=8", ["attention", "tensor=8"]),
     "rows that do not divide": ("--batch_size=12", ["batch_size", "12", "8"]),
     "microbatches": ("--microbatches=3", ["microbatches: 3", "8 rows", "fits: 1"]),
