@@ -5,12 +5,17 @@ Exit code 2 and one sentence on standard error for bad input; 0 for --help.
 
 import contextlib
 import os
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from narrows.parallel.host_memory import keep_freed_memory
+from narrows.parallel.layout import Layout, make_mesh
+from narrows.scripts.stopping import noted_signals
 
 
 class BadInput(SystemExit):
@@ -93,3 +98,37 @@ def join_processes(values: flags.FlagValues) -> None:
         int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
     ) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize(heartbeat_timeout_seconds=values.heartbeat_seconds)
+
+
+class Place(NamedTuple):
+    """Where a training command works."""
+
+    workdir: pathlib.Path  # absolute
+    layout: Layout
+    mesh: Mesh
+
+
+def place_of(values: flags.FlagValues, devices: Sequence) -> Place:
+    """What --workdir and --mesh say; ValueError for one that is missing or unfit."""
+    if values.workdir is None:
+        raise ValueError("workdir: give --workdir, where the run is kept")
+    layout = Layout.parse(values.mesh, devices=len(devices))
+    workdir = pathlib.Path(values.workdir).expanduser().absolute()
+    return Place(workdir, layout, make_mesh(layout, devices))
+
+
+def run_training(
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    doc: str | None,
+    train: Callable[[flags.FlagValues, Sequence, list[int]], int],
+    devices: Sequence | None,
+) -> int:
+    """`train(flags, devices, signals that came)` as argv says; the exit code.
+
+    It trains on all devices of all processes unless some are given.
+    """
+    parse(values, argv, doc)
+    with noted_signals() as stops:
+        join_processes(values)
+        return train(values, jax.devices() if devices is None else devices, stops)

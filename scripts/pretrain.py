@@ -33,7 +33,7 @@ from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, make_step
 from narrows.scripts import command, results
 from narrows.scripts.runlog import RunLog
-from narrows.scripts.stopping import noted_signals, stop_asked
+from narrows.scripts.stopping import stop_asked
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -86,22 +86,14 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Train as argv says, on all devices unless some are given; the exit code."""
-    f = define_flags()
-    command.parse(f, argv, __doc__)
-    with noted_signals() as stops:
-        command.join_processes(f)
-        return train(f, jax.devices() if devices is None else devices, stops)
+    return command.run_training(define_flags(), argv, __doc__, train, devices)
 
 
 def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     chief = jax.process_index() == 0
     console = Console(quiet=not chief, highlight=False)
     with command.bad_input():
-        if f.workdir is None:
-            raise ValueError("workdir: give --workdir, where the run is kept")
-        workdir = pathlib.Path(f.workdir).expanduser().absolute()
-        layout = Layout.parse(f.mesh, devices=len(devices))
-        mesh = make_mesh(layout, devices)
+        workdir, layout, mesh = command.place_of(f, devices)
         index, count = process_rows(mesh, f.batch_size)
         images = pictures(
             f.data_dir, f.sets, to_grey=f.grey, half=f.half, limit=f.limit

@@ -25,7 +25,7 @@ from absl import flags
 from narrows.data.text import batches, load_corpus
 from narrows.models.pipelined import check_stages
 from narrows.parallel.checkpoint import ENGINES, summary
-from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
+from narrows.parallel.layout import place_batch, process_rows
 from narrows.parallel.pipeline import check_microbatches
 from narrows.parallel.sequence import check_order
 from narrows.parallel.step import abstract_state, create_state, mean_of_mine
@@ -39,7 +39,7 @@ from narrows.scripts.model_flags import (
 from narrows.scripts.optimizer_flags import define_optimizer, optimizer_of
 from narrows.scripts.profiling import profile_range, tracing
 from narrows.scripts.runlog import COLUMNS, RunLog, bits_per_byte
-from narrows.scripts.stopping import noted_signals, stop_asked
+from narrows.scripts.stopping import stop_asked
 from narrows.scripts.trained import check_same_run, model_of, sample_text
 from narrows.scripts.validation import validation_nats
 from rich.console import Console
@@ -79,11 +79,7 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Train as argv says, on all devices unless some are given; the exit code."""
-    f = define_flags()
-    command.parse(f, argv, __doc__)
-    with noted_signals() as stops:
-        command.join_processes(f)
-        return train(f, jax.devices() if devices is None else devices, stops)
+    return command.run_training(define_flags(), argv, __doc__, train, devices)
 
 
 def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
@@ -91,11 +87,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     console = Console(quiet=not chief, highlight=False)
 
     with command.bad_input():
-        if f.workdir is None:
-            raise ValueError("workdir: give --workdir, where the run is kept")
-        workdir = pathlib.Path(f.workdir).expanduser().absolute()
-        layout = Layout.parse(f.mesh, devices=len(devices))
-        mesh = make_mesh(layout, devices)
+        workdir, layout, mesh = command.place_of(f, devices)
         shard = process_rows(mesh, f.batch_size)
         cuts = f.microbatches or layout.stage
         rows = layout.data * layout.fsdp

@@ -14,7 +14,6 @@ SIGTERM or SIGINT, which save first; 1 for a loss that is not finite; 2 for bad 
 import functools
 import json
 import math
-import pathlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,13 +28,13 @@ from narrows.models.agent import agent_parts
 from narrows.models.waists import WAISTS, make_waist
 from narrows.optim.table import warmup_cosine
 from narrows.parallel.checkpoint import Checkpoints
-from narrows.parallel.layout import Layout, make_mesh, process_rows
+from narrows.parallel.layout import process_rows
 from narrows.parallel.rules import WHOLE, Rule
 from narrows.parallel.state import restore
 from narrows.parallel.step import Program, abstract_state, create_state, make_step
 from narrows.scripts import agents, command, results
 from narrows.scripts.runlog import RunLog
-from narrows.scripts.stopping import noted_signals, stop_asked
+from narrows.scripts.stopping import stop_asked
 from rich.console import Console
 
 DOMAINS = {"plain": PLAIN, "shifted": SHIFTED}
@@ -84,11 +83,7 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Train as argv says, on all devices unless some are given; the exit code."""
-    f = define_flags()
-    command.parse(f, argv, __doc__)
-    with noted_signals() as stops:
-        command.join_processes(f)
-        return train(f, jax.devices() if devices is None else devices, stops)
+    return command.run_training(define_flags(), argv, __doc__, train, devices)
 
 
 def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
@@ -96,11 +91,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     console = Console(quiet=not chief, highlight=False)
 
     with command.bad_input():
-        if f.workdir is None:
-            raise ValueError("workdir: give --workdir, where the run is kept")
-        workdir = pathlib.Path(f.workdir).expanduser().absolute()
-        layout = Layout.parse(f.mesh, devices=len(devices))
-        mesh = make_mesh(layout, devices)
+        workdir, layout, mesh = command.place_of(f, devices)
         for rows in (f.batch_size, f.eval_rows):
             process_rows(mesh, rows)  # refuses what does not divide
         options = {} if f.waist == "none" else {"codes": f.codes}

@@ -15,7 +15,6 @@ for bad input.
 import functools
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +25,13 @@ from absl import flags
 from narrows.models import bottlefit
 from narrows.models.split_payload import payload_size
 from narrows.parallel.checkpoint import Checkpoints
-from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
+from narrows.parallel.layout import place_batch, process_rows
 from narrows.parallel.state import restore
 from narrows.parallel.step import abstract_state, create_state, make_step
 from narrows.scripts import command, results, splits
 from narrows.scripts.runlog import RunLog
 from narrows.scripts.splits import PHASES, RULES, Recipe
-from narrows.scripts.stopping import noted_signals, stop_asked
+from narrows.scripts.stopping import stop_asked
 from rich.console import Console
 
 
@@ -65,22 +64,14 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str], devices: Sequence | None = None) -> int:
     """Train as argv says, on all devices unless some are given; the exit code."""
-    f = define_flags()
-    command.parse(f, argv, __doc__)
-    with noted_signals() as stops:
-        command.join_processes(f)
-        return train(f, jax.devices() if devices is None else devices, stops)
+    return command.run_training(define_flags(), argv, __doc__, train, devices)
 
 
 def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
     chief = jax.process_index() == 0
     console = Console(quiet=not chief, highlight=False)
     with command.bad_input():
-        if f.workdir is None:
-            raise ValueError("workdir: give --workdir, where the run is kept")
-        workdir = pathlib.Path(f.workdir).expanduser().absolute()
-        layout = Layout.parse(f.mesh, devices=len(devices))
-        mesh = make_mesh(layout, devices)
+        workdir, layout, mesh = command.place_of(f, devices)
         index, count = process_rows(mesh, f.batch_size)
         data = splits.pictures(f.data_dir, f.dataset, "train")
         data = data._replace(
