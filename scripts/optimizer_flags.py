@@ -1,12 +1,14 @@
 """The flags of the optimizer, and the transformation that they make."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
 from absl import flags
 from jax.sharding import Mesh
+from narrows.models.language_model import Parts
 from narrows.optim.local_updates.step import make_local_step
 from narrows.optim.table import (
     LOCAL,
@@ -44,12 +46,18 @@ def define_optimizer(f: flags.FlagValues) -> None:
 
 
 def optimizer_of(
-    f: flags.FlagValues, width: int, layout: Layout, mesh: Mesh, parts, folder
+    f: flags.FlagValues,
+    width: int,
+    layout: Layout,
+    *,
+    mesh: Mesh | None = None,
+    parts: Parts | None = None,
+    folder: pathlib.Path | None = None,
 ) -> Chosen:
     """What the flags ask for; --outer_every=auto is replaced by what was measured.
 
-    `parts` are the model's, `folder` holds the run's checkpoints. Raises ValueError for
-    flags that do not go together.
+    The mesh, the model's parts and the folder of the run's checkpoints are what it is
+    measured on. Raises ValueError for flags that do not go together.
     """
     rate = 0.03 / width**0.5 if f.learning_rate is None else f.learning_rate
     warmup = max(10, f.steps // 20) if f.warmup is None else f.warmup
@@ -80,8 +88,8 @@ def optimizer_of(
     rules = whole_over(TRANSFORMER, "fsdp") if name in SHARDED else TRANSFORMER
     if f.outer == "none":
         gradients = "mean" if name in OPTIMIZERS else "local"
-        make = functools.partial(make_step, gradients=gradients)
-        return Chosen(name, tx, schedule, make, rules, 10)
+        step = functools.partial(make_step, gradients=gradients)
+        return Chosen(name, tx, schedule, step, rules, 10)
     if name not in OPTIMIZERS or f.waist != "none":
         raise ValueError(
             f"outer: {f.outer} takes an --optimizer of {', '.join(OPTIMIZERS)} and "

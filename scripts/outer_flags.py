@@ -11,6 +11,7 @@ import optax
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from narrows.models.language_model import Parts
 from narrows.optim.local_updates.outer import OUTERS, make_outer
 from narrows.optim.local_updates.pace import steps_to_hide
 from narrows.optim.local_updates.rounds import Rounds, local_updates
@@ -64,7 +65,12 @@ class Pace(NamedTuple):
 
 
 def pace_of(
-    f: flags.FlagValues, folder: pathlib.Path, parts, inner, layout: Layout, mesh: Mesh
+    f: flags.FlagValues,
+    folder: pathlib.Path | None,
+    parts: Parts | None,
+    inner: optax.GradientTransformation,
+    layout: Layout,
+    mesh: Mesh | None,
 ) -> Pace:
     """Steps of a round: as given, as in the run's checkpoint, or measured for "auto".
 
@@ -73,6 +79,8 @@ def pace_of(
     """
     if f.outer_every != "auto":
         return Pace(int(f.outer_every) if f.outer_every.isdecimal() else 0, "")
+    if mesh is None or parts is None or folder is None:
+        raise ValueError("outer_every: auto, but there is no model to measure it on")
     with Checkpoints(folder) as stored:
         if stored.latest is not None:
             every = inspect(folder, stored.latest).meta["flags"]["outer_every"]

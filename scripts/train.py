@@ -102,7 +102,7 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
             middle = config.depth // 2 if f.waist_at is None else f.waist_at
             check_stages(config.depth, middle, layout.stage)
         name, tx, schedule, make, rules, ask = optimizer_of(
-            f, config.width, layout, mesh, parts, folder
+            f, config.width, layout, mesh=mesh, parts=parts, folder=folder
         )
         same = {  # a resumed run must agree in these, or its data would differ
             "corpus": corpus.hash,

@@ -69,9 +69,10 @@ def gap_penalty(
         del params
         return GapState(jnp.int32(0), jnp.float32(0))
 
-    def update(updates, state: Any, params=None, *, moved, **extra):
-        del params, extra
-        count = optax.safe_increment(state.count)
+    def update(updates, state: Any, params=None, **extra):
+        del params
+        moved = extra["moved"]
+        count = state.count + 1
         usual = optax.tree.update_moment(rms(updates), state.usual, decay, 1)
         penalty = gap(moved, optax.tree.bias_correction(usual, decay, count))
         return optax.tree.scale(1 / penalty, updates), GapState(count, usual)

@@ -15,7 +15,7 @@ single sends that compilers let run beside other operations.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +193,7 @@ def make_local_step(
         every = len(jax.tree.leaves(batches)[0])
         places = shardings(state.params, mesh, rules)
         ring = ring_mean(state.params, jax.tree.map(lambda s: s.spec, places), mesh)
-        chunks = ring.begin(sent[0]) if sent else ()
+        chunks: Any = ring.begin(sent[0]) if sent else ()
         each = -(-ring.hops // every)  # hops a step
 
         def one(carry, xs):

@@ -17,7 +17,7 @@ is measured by `scripts/benchmark.py --suite=outer`.
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ SYSTEM = System(
     summary="local steps, an exchange one round late, gap penalty, clipped momentum",
 )
 NO_GAP = {"gap": lambda moved, usual: jnp.ones(())}
-FREE = {"clip": math.inf} | NO_GAP  # neither the penalty nor the clip
+FREE: dict[str, Any] = {"clip": math.inf} | NO_GAP  # neither the penalty nor the clip
 
 
 def simulate(rounds: Rounds, params, take, *, workers: int, total: int):
