@@ -10,12 +10,14 @@ from flax import nnx
 
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
+from .concepts.waist import ConceptWaist
 from .quantize import table
 from .task_codebook import TaskCodebook
 
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    "concepts": ConceptWaist,
     "task_codebook": TaskCodebook,
     **table.WAISTS,
 }
