@@ -12,6 +12,7 @@ from . import information
 from .affine import Squeeze
 from .bottleneck import Bottleneck, Open
 from .codebook import Codebook
+from .concepts.waist import ConceptWaist
 from .key_value_waist import KeyValue
 from .quantize import table
 from .task_codebook import TaskCodebook
@@ -19,6 +20,7 @@ from .task_codebook import TaskCodebook
 WAISTS: dict[str, Callable[..., Bottleneck]] = {
     "none": lambda width, *, rngs: Open(),
     "codebook": Codebook,
+    "concepts": ConceptWaist,
     "task_codebook": TaskCodebook,
     "key_value": KeyValue,
     "squeeze": Squeeze,

@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict] = {
     **{name: {"codes": 16, "window": 2} for name in QUANTIZERS},
     "codebook": {"codes": 16, "code_width": 4, "window": 2},
     "key_value": {"books": 3, "codes": 16, "code_width": 4, "window": 2},
+    "concepts": {"names": 6, "window": 2},
 }
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, WIDTH)), jnp.float32)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -29,7 +29,7 @@ FLAGS = (
 def rows(workdir):
     found = read_rows(workdir / "metrics.jsonl")
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_s"}
+        {n: value for n, value in row.items() if n not in ("tokens_per_s", "blocked_s")}
         for row in found
         if row["split"] == "train"
     ]

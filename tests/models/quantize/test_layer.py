@@ -98,7 +98,7 @@ def test_a_convolutional_encoder_learns_through_it(name):
     _, (errors, bits, entropy) = run(start)
     assert errors[-1] < 0.6 * errors[0]
     # traffic is nearly stationary: bits are the entropy, and half a count for each code
-    np.testing.assert_allclose(bits[-1], entropy[-1], rtol=0.05)
+    np.testing.assert_allclose(bits[-1], entropy[-1], rtol=0.1)
     assert bits[-1] <= model.waist.capacity
 
 

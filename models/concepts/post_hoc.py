@@ -1,0 +1,195 @@
+"""Post-hoc concept bottlenecks (Yuksekgonul et al. 2023, arXiv:2205.15480).
+
+    logits = W p(x) + w,   min mean CE + strength (alpha |W|_1 + (1 - alpha) |W|_2^2)
+
+on the projections p of a bank (Sec. 2, Eq. 1; `strength` is the paper's lambda / K M).
+The hybrid adds a linear residual R x learned while W stays as it is (Eq. 2); without it
+the concepts' model is back. Projections are standardised for the fit, since an L1 norm
+sees their scale, and W is then written for the projections as they are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+
+from . import activation, contract
+from .activation import Bank
+from .contract import Labels, Prediction
+
+WEIGHTS = {"classes": 1.0, "residual": 0.01}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PostHoc:
+    """A bank and a sparse head on its projections."""
+
+    directions: Float[Array, "k d"]
+    intercepts: Float[Array, " k"]
+    levels: Float[Array, "2 k"] | None
+    weight: Float[Array, "m k"]
+    bias: Float[Array, " m"]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def bank(self) -> Bank:
+        return Bank(self.names, self.directions, self.intercepts, self.levels)
+
+    def __call__(
+        self,
+        x: Float[Array, "*b d"],
+        truth: Float[Array, "*b k"] | None = None,
+        mask: Bool[Array, "*b k"] | None = None,
+    ) -> Prediction:
+        """An intervention sets a projection to its mean without or with the concept.
+
+        concepts are where a projection lies between these two means, cut to [0, 1]; of
+        a bank without levels, 1 on the concept's side of the hyperplane.
+        Raises ValueError for an intervention on a bank without levels.
+        """
+        p = activation.project(self.bank, x)
+        if self.levels is None:
+            if truth is not None or mask is not None:
+                raise ValueError(
+                    "truth: given, but a bank without labelled examples does not know "
+                    "which projection a concept has"
+                )
+            return Prediction((p > 0).astype(p.dtype), self.head(p), p)
+        low, high = self.levels
+        share = jnp.clip((p - low) / (high - low), 0.0, 1.0)
+        if truth is not None:
+            p = contract.intervene(p, low + (high - low) * truth, mask)
+        odds = contract.log_odds(share)
+        return Prediction(contract.intervene(share, truth, mask), self.head(p), odds)
+
+    def head(self, p: Float[Array, "*b k"]) -> Float[Array, "*b m"]:
+        return p @ self.weight.T + self.bias
+
+
+def post_hoc(
+    bank: Bank,
+    x,
+    classes,
+    *,
+    strength: float = 1e-3,
+    alpha: float = 0.99,
+    max_iter: int = 3000,
+    tol: float = 1e-4,
+) -> PostHoc:
+    """Fit the head on features x [n, d] and classes [n] in [0, m), each class present.
+
+    scikit-learn minimises C sum CE + rho |W|_1 + (1 - rho) / 2 |W|_2^2 by SAGA: the
+    same with rho = alpha / (2 - alpha) and 1 / (n C) = strength (2 - alpha).
+    Raises ValueError where a class of those up to the largest has no row.
+    """
+    if strength <= 0 or not 0 <= alpha <= 1:
+        raise ValueError(
+            f"strength, alpha: {strength}, {alpha}, but strength must be above 0 and "
+            "alpha from 0 to 1"
+        )
+    classes = np.asarray(classes)
+    if not np.array_equal(np.unique(classes), np.arange(classes.max() + 1)):
+        raise ValueError(
+            f"classes: {np.unique(classes).tolist()}, but each from 0 to the largest "
+            "needs a row"
+        )
+    p = np.asarray(activation.project(bank, x), np.float64)
+    centre, scale = p.mean(0), np.maximum(p.std(0), 1e-12)
+    solver = LogisticRegression(
+        C=1 / (len(p) * strength * (2 - alpha)),
+        l1_ratio=alpha / (2 - alpha),
+        solver="saga",
+        max_iter=max_iter,
+        tol=tol,
+        random_state=0,
+    ).fit((p - centre) / scale, classes)
+    weight, bias = solver.coef_, solver.intercept_
+    if len(weight) == 1:  # of two classes it says one row of logits: the other's is 0
+        weight, bias = np.concatenate([0 * weight, weight]), np.append(0, bias)
+    bias = _settled(weight @ ((p - centre) / scale).T, bias, classes)
+    weight = weight / scale
+    return PostHoc(
+        *(bank.directions, bank.intercepts, bank.levels),
+        weight=jnp.asarray(weight, jnp.float32),
+        bias=jnp.asarray(bias - weight @ centre, jnp.float32),
+        names=bank.names,
+    )
+
+
+def _settled(scores, bias, classes, steps: int = 100):
+    """The biases that are best for given scores [m, n].
+
+    SAGA stops by its weights alone: where all of them are 0, long before its biases are
+    right. Each step brings the mean probability of a class nearer to its share.
+    """
+    share = np.bincount(classes) / len(classes)
+    for _ in range(steps):
+        q = softmax(scores + bias[:, None], axis=0).mean(1)
+        bias = bias + np.log(share) - np.log(q)
+    return bias
+
+
+def prune(
+    model: PostHoc, removed: dict[int, list[str]], *, normalise: bool = False
+) -> PostHoc:
+    """A global edit: the named concepts no longer count for a class (Sec. 4).
+
+    removed: class -> names. `normalise` scales what is left of a class to the L1 norm
+        that it had; a class of which nothing is left stays at 0.
+    Raises ValueError for an unknown name or class.
+    """
+    weight = np.array(model.weight)
+    for label, names in removed.items():
+        if not 0 <= label < len(weight):
+            raise ValueError(f"class: {label}, but allowed are 0 to {len(weight) - 1}")
+        before = np.abs(weight[label]).sum()
+        weight[label, contract.columns(model.names, names)] = 0.0
+        left = np.abs(weight[label]).sum()
+        if normalise and left > 0:
+            weight[label] *= before / left
+    return dataclasses.replace(model, weight=jnp.asarray(weight))
+
+
+class Hybrid(nnx.Module):
+    """A post-hoc model and a linear residual from the features, which starts at 0."""
+
+    def __init__(self, base: PostHoc):
+        self.names = base.names
+        self.base = nnx.data(base)
+        shape = (base.directions.shape[1], base.weight.shape[0])
+        self.residual = nnx.Param(jnp.zeros(shape, jnp.float32))
+
+    def __call__(
+        self,
+        x: Float[Array, "*b d"],
+        truth: Float[Array, "*b k"] | None = None,
+        mask: Bool[Array, "*b k"] | None = None,
+    ) -> Prediction:
+        said = self.base(x, truth, mask)
+        passed = x.astype(jnp.float32) @ self.residual[...]
+        return said._replace(classes=said.classes + passed)
+
+
+def hybrid_losses(model: Hybrid, x, labels: Labels, key) -> dict[str, Array]:
+    """For `fit` of the residual alone: "residual" is the sum of its squares."""
+    del key
+    return {
+        "classes": contract.class_loss(model(x).classes, labels),
+        "residual": jnp.sum(model.residual[...] ** 2),
+    }
+
+
+def residual_share(model: Hybrid, x: Float[Array, "n d"]) -> Float[Array, ""]:
+    """Of the spread of the logits over rows, the part that did not come by concepts.
+
+    var(R x) / (var(R x) + var(W p)), summed over classes: 0 without a residual.
+    """
+    past = jnp.var(x @ model.residual[...], axis=0).sum()
+    by_concepts = jnp.var(model.base(x).classes, axis=0).sum()
+    return past / jnp.maximum(past + by_concepts, 1e-12)
