@@ -1,4 +1,4 @@
-"""Freed memory is kept: a block that is taken again does not fault its pages in anew."""
+"""Freed memory is kept: a block that is taken again faults no pages in anew."""
 
 import subprocess
 import sys

@@ -75,9 +75,9 @@ def test_over_fsdp_its_state_lies_in_shards_and_goes_on_with_fewer(
         for key in name:
             master = master[key.key]
         flat = np.asarray(master).reshape(-1)[: copy.size].reshape(copy.shape)
-        gap = np.abs(flat - copy).max()
-        # what one-bit differences have not sent yet, after three large steps
-        assert gap < 0.2 * np.abs(copy).max(), name
+        # Single numbers may be far behind: one bit says little of a heavy tail.
+        gap = np.linalg.norm(flat - copy) / np.linalg.norm(copy)
+        assert gap < 0.25, (name, gap)
     for mesh, stop in (("fsdp=4", 9), ("fsdp=2,tensor=2", 10)):
         assert (
             call(train, where, *flags, f"--mesh={mesh}", f"--stop_at={stop}", devices=4)
