@@ -59,7 +59,8 @@ def _nwj(w, s):
 
 def _infonce(w, s):
     w = w / w.sum()
-    return (w * (jnp.diagonal(s) - logsumexp(s + jnp.log(w), axis=1))).sum()
+    apart = s - jnp.diagonal(s)[:, None]  # so that large scores cost no digits
+    return -(w * logsumexp(apart + jnp.log(w), axis=1)).sum()
 
 
 def _club(w, s):
