@@ -38,6 +38,7 @@ def test_methods_are_told_apart_by_what_they_send():
     assert tuple(exchange_steps.METHODS) == exchange.NAMES
 
 
+@pytest.mark.slow
 def test_the_suite_measures_the_mesh_at_hand(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(exchange_steps, "LEAST_SECONDS", 0.0)
     arguments = ["benchmark", "--suite=exchange", "--mesh=data=8", "--rounds=2"]

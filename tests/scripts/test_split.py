@@ -64,7 +64,9 @@ def losses(workdir):
     return np.array([row["loss"] for row in rows])
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "fsdp=8"]
+)
 def test_eight_devices_have_the_curve_of_one(train, finished, tmp_path, mesh):
     assert train(tmp_path, f"--mesh={mesh}", devices=8) == 0
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)

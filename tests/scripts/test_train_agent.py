@@ -48,7 +48,9 @@ def test_a_run_leaves_its_record(run):
     assert latest_step(workdir / "checkpoints") == 12
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "fsdp=8"]
+)
 def test_eight_devices_give_the_curve_of_one(run, call, tmp_path, mesh):
     flags, workdir = run
     code = call(train_agent, f"--workdir={tmp_path}", *flags, f"--mesh={mesh}")

@@ -1,0 +1,1 @@
+"""Information between two samples: one file an estimator, `table.py` lists them."""
