@@ -173,8 +173,8 @@ def text_run(seed, data, held, rate, *, arm: str, depth: int, steps: int):
         found = parts.loss(params, rest, batch, None)
         return found.total / found.weight
 
-    schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps)
-    tx = make(arm, schedule, int(WARM_TEXT * steps), 0.99, "l1")
+    shape = optax.warmup_cosine_decay_schedule(0, 1.0, steps // 20, steps)
+    tx = make(arm, lambda n: rate * shape(n), int(WARM_TEXT * steps), 0.99, "l1")
     params, losses = train(
         loss, params, lambda i: jax.tree.map(lambda x: x[i], data), tx, steps
     )
