@@ -351,6 +351,7 @@ def draw(rows: Sequence[Recorded]) -> Figure:
             )
     left.set(yscale="log", ylabel="final loss, noisy quadratics", xticks=range(3))
     left.set_xticklabels([s.name.replace(", ", "\n") for s in SETTINGS])
+    left.tick_params(axis="x", labelsize=7)
     left.legend(frameon=False)
     names = ("data parallel", *ARMS)
     for i, arm in enumerate(names):
