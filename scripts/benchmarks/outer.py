@@ -98,23 +98,20 @@ def _on_link(f, console, ask, facts) -> Iterator[dict[str, Any]]:
         f"{facts['megabits'] or 'unshaped'}: a step {pace['step']:.2f} s, an exchange "
         f"{pace['meeting']:.2f} s, rounds of {every}"
     )
-    dense = [
-        ask("round", method=DENSE, every=1, steps=1)["seconds"]
-        for _ in range(f.outer_turns + 1)
-    ][1:]
-    free = [pace["step"]]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in f.outer_methods}
-    for name in f.outer_methods:
-        for _ in range(f.outer_turns + 1):  # in the first nothing is on its way yet
-            found[name].append(ask("round", method=name, every=every, steps=every))
-            free.append(ask("pace", tries=1)["step"] if name == NAMES[-1] else free[0])
-    base = float(np.median(free))
-    common = {"every": every, "step_seconds": base, **facts}
+    sides = {DENSE: 1} | dict.fromkeys(f.outer_methods, every)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    free = []  # steps that meet nobody, timed in every turn too
+    for _ in range(f.outer_turns + 1):  # in the first nothing is on its way yet
+        free.append(ask("pace", tries=1)["step"])
+        for name, steps in sides.items():
+            found[name].append(ask("round", method=name, every=steps, steps=steps))
+    common = {"every": every, "step_seconds": float(np.median(free[1:])), **facts}
     common["exchange_seconds"] = pace["meeting"]
-    yield _line(DENSE, 1, dense, common)
     for name, rounds in found.items():
-        line = _line(name, every, [r["seconds"] for r in rounds[1:]], common)
-        yield line | {"events": rounds[-1]["events"]}
+        seconds = [r["seconds"] for r in rounds[1:]]
+        yield _line(name, sides[name], seconds, common) | {
+            "events": rounds[-1]["events"]
+        }
 
 
 def _line(method: str, steps: int, seconds: Sequence[float], common) -> dict[str, Any]:

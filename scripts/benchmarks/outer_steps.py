@@ -50,7 +50,6 @@ class Bench:
     def _step(self, method: str, every: int):
         """The step of a method, and its state; every step of it is dispatched once."""
         if (method, every) not in self.made:
-            self.made.clear()  # one state at a time: each is several models large
             step: Any
             if method == DENSE:
                 step = make_step(self.parts.loss, self.inner, self.layout, self.mesh)

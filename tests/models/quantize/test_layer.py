@@ -77,7 +77,7 @@ def test_a_convolutional_encoder_learns_through_it(name):
     model = Autoencoder(name, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def step(carry, _):
+    def step(carry, rate):
         params, rest = carry
 
         def loss(params):
@@ -87,18 +87,20 @@ def test_a_convolutional_encoder_learns_through_it(name):
             return error + 0.25 * waist.loss, (error, waist)
 
         slope, (error, waist) = jax.grad(loss, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - 0.3 * g, params, slope)
+        params = jax.tree.map(lambda p, g: p - rate * g, params, slope)
         model = nnx.merge(graph, params, rest)
         said = model.waist.update(waist.stats)
         rest = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
         return (params, rest), (error, waist.bits.mean(), said["waist_entropy"])
 
     start = nnx.as_pure(params), nnx.as_pure(rest)
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=60))
+    # the encoder rests while the window fills, so that traffic is stationary
+    rates = jnp.where(jnp.arange(100) < 60, 0.3, 0.0)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, rates))
     _, (errors, bits, entropy) = run(start)
     assert errors[-1] < 0.6 * errors[0]
     # traffic is nearly stationary: bits are the entropy, and half a count for each code
-    np.testing.assert_allclose(bits[-1], entropy[-1], rtol=0.1)
+    np.testing.assert_allclose(bits[-1], entropy[-1], rtol=0.05)
     assert bits[-1] <= model.waist.capacity
 
 
