@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import pathlib
 import sys
@@ -43,6 +44,20 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="minutes long: give --slow"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs end with the file that compiled them.
+
+    Each maps pages of code of its own; a worker that keeps all it ever compiled comes to
+    the system's limit of maps (65,530 on Linux by default) and dies of a segmentation
+    fault.
+    """
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
