@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(config, items):
 def _forget_programs():
     """Compiled programs end with the file that compiled them.
 
-    Each maps pages of code of its own; a worker that keeps all it ever compiled comes to
-    the system's limit of maps (65,530 on Linux by default) and dies of a segmentation
-    fault.
+    Each maps pages of code of its own; a worker that keeps all it ever compiled comes
+    to the system's limit of maps (65,530 on Linux by default) and dies of a
+    segmentation fault.
     """
     yield
     if jax := sys.modules.get("jax"):

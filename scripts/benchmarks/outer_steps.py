@@ -18,11 +18,13 @@ from narrows.models.transformer import TransformerConfig
 from narrows.optim.local_updates.outer import OUTERS, make_outer
 from narrows.optim.local_updates.rounds import local_updates
 from narrows.optim.local_updates.step import make_local_step
+from narrows.optim.one_bit_adam import one_bit_adam
 from narrows.parallel.layout import Layout, make_mesh, place_batch, process_rows
 from narrows.parallel.step import create_state, make_step
 
-DENSE = "data parallel"
-METHODS = (DENSE, *OUTERS)
+DENSE, ONE_BIT = "data parallel", "one_bit_adam"
+EVERY_STEP = (DENSE, ONE_BIT)  # they exchange in every step
+METHODS = (*EVERY_STEP, *OUTERS)
 
 
 class Bench:
@@ -51,9 +53,14 @@ class Bench:
         """The step of a method, and its state; every step of it is dispatched once."""
         if (method, every) not in self.made:
             step: Any
+            tx: Any = self.inner
             if method == DENSE:
-                step = make_step(self.parts.loss, self.inner, self.layout, self.mesh)
-                tx: Any = self.inner
+                step = make_step(self.parts.loss, tx, self.layout, self.mesh)
+            elif method == ONE_BIT:  # compressed from its second step on
+                tx = one_bit_adam(1e-3, workers=self.layout.data, freeze_step=1)
+                step = make_step(
+                    self.parts.loss, tx, self.layout, self.mesh, gradients="local"
+                )
             else:
                 tx = local_updates(
                     self.inner,
@@ -64,7 +71,7 @@ class Bench:
                 step = make_local_step(self.parts.loss, tx, self.layout, self.mesh)
             state = create_state(self.parts.init, tx, 0, self.mesh)
             state, _ = step.fused(state, self._batch())
-            if method != DENSE:
+            if method not in EVERY_STEP:
                 state = step.meet(state, 0)
             self.made[method, every] = step, jax.block_until_ready(state)
         return self.made[method, every]
@@ -93,39 +100,48 @@ class Bench:
         }
 
     def round(self, method: str, every: int, steps: int) -> dict[str, Any]:
-        """Seconds of `steps` steps of a method that meets every `every` of them.
+        """Seconds of a round: `steps` steps of a method that meets once in `every`.
 
-        `events` of this process: (what, begin, end) in seconds, of each step and each
-        exchange of a stale method, from its dispatch to its arrival.
+        A stale method runs two rounds and the second is timed: the exchange that the
+        first one sent travels beside its steps, and its meeting waits for what has not
+        arrived. `events` of this process: (what, begin, end) in seconds, of each step
+        and each exchange of a stale method, from its dispatch to its arrival.
         """
         step, state = self._step(method, every)
-        if method != DENSE:  # begin with a round: the first meeting ends one
+        if method not in EVERY_STEP:  # begin with a round: the first meeting ends one
             zero = jax.device_put(np.int32(0), state.step.sharding)
             state = state._replace(step=zero)
+        stale = method in OUTERS and OUTERS[method].stale
         events: list[tuple[str, float, float]] = []
         watchers = []
         many = [self._batch() for _ in range(min(steps, 4))]
         jax.block_until_ready(many)
         multihost_utils.sync_global_devices("round")
-        start = time.perf_counter()
+        start = begun = time.perf_counter()
 
         def watch(array, begin):
             jax.block_until_ready(array)
             events.append(("exchange", begin, time.perf_counter() - start))
 
-        for n in range(steps):
+        def wait():  # but not for what may still be on its way
+            own = method in EVERY_STEP
+            jax.block_until_ready(state if own else (state.params, state.opt.own))
+
+        for n in range(2 * steps if stale else steps):
+            if n == steps:
+                wait()
+                begun = time.perf_counter()
             begin = time.perf_counter() - start
             state, metrics = step.fused(state, many[n % len(many)])
-            if OUTERS.get(method, OUTERS["local_sgd"]).stale and (n + 1) % every == 0:
+            if stale and (n + 1) % every == 0:
                 sent = time.perf_counter() - start
                 arriving = jax.tree.leaves(state.opt.arriving)
                 watchers.append(threading.Thread(target=watch, args=(arriving, sent)))
                 watchers[-1].start()
             jax.block_until_ready(metrics)
             events.append(("step", begin, time.perf_counter() - start))
-        waited = state if method == DENSE else (state.params, state.opt.own)
-        jax.block_until_ready(waited)  # but not what is still on its way
-        seconds = time.perf_counter() - start
+        wait()
+        seconds = time.perf_counter() - begun
         for watcher in watchers:
             watcher.join()
         self.made[method, every] = step, state
