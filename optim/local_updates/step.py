@@ -3,15 +3,20 @@
 `make_local_step` has the face of `parallel.step.make_step`, but its `fused` is a Python
 function over several programs. The one of a step holds no collective over data at all.
 A stale method's exchange is a program of its own, dispatched when a round has ended and
-waited for when the next one has: JAX runs it beside the steps, since none of them
-takes what it returns. What is on its way is an array of the state like any other, so a
-checkpoint waits for it and keeps it.
+waited for when the next one has; no step takes what it returns. What is on its way is
+an array of the state like any other, so a checkpoint waits for it and keeps it.
+
+XLA runs the programs that one thread dispatches to a CPU one after the other, whatever
+they take. So where every process has one device the exchange is dispatched by a thread
+of its own, and travels while the others compute. A process with several devices runs
+all its programs in order: there an exchange is late but not hidden.
 
 Accelerators run one program after the other, so there a whole round must be one
 program, `round`. In it the exchange is a ring of hops, some in every step, since it is
 single sends that compilers let run beside other operations.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -39,7 +44,7 @@ class LocalStep(NamedTuple):
     fused: Callable  # (state, batch) -> (state, metrics), with the meetings then due
     meet: Callable  # (state, k) -> state: fragment k meets
     round: Program  # (state, batches) -> (state, metrics): a meeting, then all steps
-    evaluate: Program  # (state, batch) -> (sums, weight), of x, where rounds start
+    evaluate: Callable  # (state, batch) -> (sums, weight), of x, where rounds start
 
 
 def make_local_step(
@@ -153,11 +158,10 @@ def make_local_step(
         )
         return lambda *arguments: at(arguments[-1])(*arguments[:-1])
 
-    programs = (
-        program(depart, ()),
-        program(exchange, (0, 1)),
-        program(arrive, (0, 1, 2)),
-    )
+    sent = program(exchange, (0, 1))
+    if rounds.stale and mesh.devices.size == jax.process_count():
+        sent = _dispatched_apart(sent)
+    programs = program(depart, ()), sent, program(arrive, (0, 1, 2))
 
     def meet(state: TrainState, k: int) -> TrainState:
         return meeting(state, k, *programs)
@@ -212,17 +216,34 @@ def make_local_step(
             opt = opt._replace(arriving=(ring.end(chunks),))
         return state._replace(opt=opt, step=number), metrics
 
+    @functools.partial(Program, mesh=mesh)
     def evaluate(state: TrainState, batch):
         out = loss(state.params, state.rest, batch, state.key)
         return {"loss": out.total, **out.sums}, out.weight
+
+    def evaluate_alone(state: TrainState, batch):
+        jax.block_until_ready(state.opt.arriving)  # two sums at a time would mix
+        return evaluate(state, batch)
 
     return LocalStep(
         local=take,
         fused=fused,
         meet=meet,
         round=Program(whole_round, mesh, (0,)),
-        evaluate=Program(evaluate, mesh),
+        evaluate=evaluate_alone,
     )
+
+
+_messenger = concurrent.futures.ThreadPoolExecutor(1, "exchange")
+
+
+def _dispatched_apart(program: Callable) -> Callable:
+    """`program`, dispatched by the one thread that dispatches exchanges, in order."""
+
+    def dispatch(*arguments):
+        return _messenger.submit(program, *arguments).result()  # not yet arrived
+
+    return dispatch
 
 
 class _Clock:

@@ -76,6 +76,48 @@ def test_rounds_of_one_step_are_data_parallel_training():
     close(state.params, other.params, rtol=1e-5, atol=1e-6)
 
 
+class Slow:
+    """A compressed mean, after a second of computing."""
+
+    @staticmethod
+    def init(parameters):
+        del parameters
+        return ()
+
+    @staticmethod
+    def mean(tree, state, key):
+        del key
+        start = optax.tree.sum(tree)
+        zero = 0 * jax.lax.fori_loop(0, 2_000_000, lambda i, x: jnp.sin(x), start)
+        return jax.tree.map(lambda x: jax.lax.pmean(x + zero, "data"), tree), state
+
+
+def still_on_its_way():
+    """Of each round but the last step, whether its exchange outlasts its steps."""
+    each = {device.process_index: device for device in jax.devices()}
+    layout = Layout.parse("data=2")
+    mesh = make_mesh(layout, list(each.values()))
+    parts = model_parts(CONFIG, "none")
+    rounds = local_updates(
+        make_optimizer("adamw", 1e-2), make_outer("co2"), workers=2, every=3, mean=Slow
+    )
+    step = make_local_step(parts.loss, rounds, layout, mesh)
+    state, found = create_state(parts.init, rounds, 0, mesh), []
+    for n in range(4 * EVERY):
+        state, metrics = step.fused(state, place_batch(rows(n), mesh))
+        jax.block_until_ready((metrics, state.params))
+        if n % EVERY == EVERY - 2:  # the next step ends the round
+            arriving = jax.tree.leaves(state.opt.arriving)
+            found.append(not any(x.is_ready() for x in arriving))
+    return found, int(state.opt.anchors[0].rounds)
+
+
+def test_steps_go_on_while_an_exchange_is_on_its_way(two_processes):
+    for found, meetings in two_processes(still_on_its_way):
+        assert found[2:] == [True, True]  # before, programs are compiled
+        assert meetings == 4
+
+
 @pytest.mark.parametrize("inner", ["fsdp", "tensor"])
 def test_a_worker_may_lie_over_other_axes(inner):
     wanted = train(*made("co2")[4:1:-2], fresh("co2"), range(8))
