@@ -185,7 +185,8 @@ ARMS = {  # (outer, rate, momentum, options): the best of each one's grid, seed 
     "slowmo": ("slowmo", 1.0, 0.2, {}),
     "diloco": ("diloco", 0.7, 0.5, {}),
     "method": ("co2", 1.0, 0.0, {}),
-    "no penalty, no clip, momentum 0.2": ("co2", 1.0, 0.2, FREE),
+    "no penalty": ("co2", 1.0, 0.0, NO_GAP),
+    "no clip": ("co2", 1.0, 0.0, {"clip": math.inf}),
 }
 
 

@@ -107,7 +107,9 @@ def losses_of(text, steps=5):
     return found, compiled, mesh, state
 
 
-@pytest.mark.parametrize("inner", ["tensor", "fsdp"])
+@pytest.mark.parametrize(
+    "inner", [pytest.param("tensor", marks=pytest.mark.slow), "fsdp"]
+)
 def test_layouts_compose_with_compression_over_data(inner, quick_compilation):
     """An inner axis changes neither the curve nor what is sent over data, and shards
     the residuals with their parameters."""

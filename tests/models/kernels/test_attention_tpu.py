@@ -292,7 +292,11 @@ def test_lowers_for_tpus_where_there_is_none(case):
 
 @pytest.mark.parametrize(
     ("chip", "width", "length"),
-    [("v5e", 64, 2048), ("v5p", 128, 2048), ("v6e", 128, 4096)],
+    [
+        ("v5e", 64, 2048),
+        pytest.param("v5p", 128, 2048, marks=pytest.mark.slow),
+        pytest.param("v6e", 128, 4096, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_for_chips_that_are_not_there(chip, width, length):
     """Forward and backward with the blocks of the chip fit its fast memory."""
