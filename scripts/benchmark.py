@@ -3,6 +3,7 @@
     python scripts/benchmark.py --suite=train --peer=<checkout of karpathy/nanoGPT>
     python scripts/benchmark.py --suite=attention --lengths=512,2048 --widths=64
     python scripts/benchmark.py --suite=quantize --codes=1024
+    python scripts/benchmark.py --suite=compressors
     python scripts/benchmark.py --suite=exchange --megabits=100
     python scripts/benchmark.py --suite=outer --outer_megabits=100
 
@@ -23,6 +24,7 @@ from narrows.scripts.benchmarks import (
     attention,
     attention_forms,
     collapse,
+    compressors,
     exchange,
     outer,
     quantize,
@@ -34,6 +36,7 @@ SUITES = {
     "attention": attention,
     "attention_forms": attention_forms,
     "collapse": collapse,
+    "compressors": compressors,
     "exchange": exchange,
     "outer": outer,
     "quantize": quantize,

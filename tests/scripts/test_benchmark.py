@@ -94,3 +94,14 @@ def test_the_quantize_suite_runs_ours_alone_and_beside_its_peer(tmp_path, capsys
 def test_a_step_of_ours_needs_a_fraction_of_the_distances():
     _, temporary = quantize.our_step("vq", codes=8192, rows=512, width=8)
     assert temporary < 4 * 8192 * 512 / 8
+
+
+def test_compressing_is_timed_beside_a_step(tmp_path):
+    arguments = ["benchmark", "--suite=compressors", "--rounds=2", "--calls=1"]
+    shape = ["--compressed_depth=1", "--compressed_rows=2", "--compressed_length=16"]
+    record = ["--compressors=sign,int8", "--record", f"--results_dir={tmp_path}"]
+    assert benchmark.main([*arguments, *shape, *record]) == 0
+    lines = (tmp_path / "benchmark_compressors.jsonl").read_text().splitlines()
+    sign, int8 = map(json.loads, lines)
+    assert 1 < sign["bits_a_parameter"] < 2 < 8 < int8["bits_a_parameter"] < 9
+    assert all(line["over_step_cpu"]["median"] > 0 for line in (sign, int8))
