@@ -325,6 +325,14 @@ CLAIMS = (
         text,
         note=TEXT_NOTE,
     ),
+    Claim(
+        "text_penalty",
+        "lower loss on text than without the penalty, all else equal",
+        "GPT-2 small: perplexity 7.39 with it, 7.56 without",
+        Ordering("nats", "method", "no penalty"),
+        text,
+        note=TEXT_NOTE,
+    ),
 )
 
 
