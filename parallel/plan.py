@@ -8,7 +8,6 @@ Compile time follows the program, not the chips: a scanned trunk is one layer.
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 
@@ -27,7 +26,8 @@ def devices_of(topology: str) -> list:
     """Devices to compile for.
 
     "v5p:8x8x4", or any name that libtpu knows: chips of a TPU slice that need not be
-    here (needs the `tpu` extra). "cpu:8": simulated devices of this process.
+    here (needs the `tpu` extra, and on a machine without a TPU the environment that
+    `scripts/plan.py` sets). "cpu:8": simulated devices of this process.
 
     Raises ValueError for a name that cannot be read or is not known.
     """
@@ -44,14 +44,6 @@ def devices_of(topology: str) -> list:
                 f"set JAX_NUM_CPU_DEVICES={size}"
             )
         return found[: int(size)]
-    # What libtpu asks the machine for where there is no TPU.
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:

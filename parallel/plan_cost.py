@@ -9,6 +9,7 @@ happens once a step: the exchange of gradients and the update. Backward is twice
 forward, once more where layers are recomputed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .layout import Layout
@@ -105,6 +106,27 @@ def predict(
         sizes.step_flops(job.batch, recomputed=False) / whole,
         sizes.step_flops(job.batch, recomputed=job.recomputed) / whole,
     )
+
+
+def calibrate(
+    machine: Machine, speed: Callable[[Machine], float], wanted: float
+) -> Machine:
+    """The machine with the `matmul` share at which `speed`, which grows with it, is as
+    wanted: one number, for all that is then predicted.
+
+    Raises ValueError where no share of 1 or less does it.
+    """
+    if speed(machine._replace(matmul=1.0)) < wanted:
+        raise ValueError(
+            f"wanted: {wanted:g}, but with products at the whole peak of "
+            f"{machine.name} the model gives {speed(machine._replace(matmul=1.0)):g}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = speed(machine._replace(matmul=middle)) >= wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return machine._replace(matmul=high)
 
 
 def _layer_seconds(sizes, layout, job, machine, tokens) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from narrows.parallel.closed_forms import (
 from narrows.parallel.layout import Layout, make_mesh
 from narrows.parallel.pipeline_simulator import simulate
 from narrows.parallel.plan import DoesNotFit, check_state, devices_of, largest, refusal
-from narrows.parallel.plan_cost import memory, predict
+from narrows.parallel.plan_cost import calibrate, memory, predict
 from narrows.parallel.plan_machines import MACHINES, machine, rate, stride
 from narrows.parallel.plan_model import Job, Sizes, refusals
 from narrows.parallel.plan_search import (
@@ -125,6 +125,17 @@ def test_a_plan_keeps_to_its_limits():
     # operations on every device, at the machine's best, are the least time
     perfect = GPT3.step_flops(512, recomputed=True) / 512 / A100.peak
     assert plan.seconds > perfect
+
+
+def test_one_number_can_be_set_by_a_measurement():
+    job, layout = Job(batch=64, microbatches=8), Layout(data=8, tensor=8)
+
+    def share(chip):
+        return predict(GPT3, layout, job, chip).hardware
+
+    assert share(calibrate(A100, share, 0.4)) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match=r"wanted: 0\.99, but.*whole peak of a100"):
+        calibrate(A100, share, 0.99)
 
 
 def test_memory_shrinks_where_it_is_cut():
