@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..parallel.layout import ROWS, constrain, devices_along
 from ..parallel.sequence import Order, arrange
+from .scheduled import scheduled_nats
 from .transformer import Transformer, TransformerConfig
 from .waists import make_waist
 
@@ -72,13 +73,22 @@ def model_parts(
     waist_options: dict | None = None,
     waist_weight: float = 0.25,
     microbatches: int = 1,
+    schedule: str = "loop",
+    chunks: int = 1,
 ) -> Parts:
     """Init, loss and advance of a language model.
 
     A batch is {"tokens", "targets"} [b, t] and perhaps "mask" (True where it counts)
     and "segment_ids". Sums: nats, waist_loss, waist_bits; per position when divided by
-    the weight. microbatches: of a pipeline, where the mesh has stages.
+    the weight. microbatches: of a pipeline, where the mesh has stages; schedule and
+    chunks: how it runs (`scheduled.py`; anything but the loop knows neither waists nor
+    masks).
     """
+    if schedule != "loop" and waist != "none":
+        raise ValueError(
+            f"schedule: {schedule} runs blocks alone, but the waist is {waist}; take "
+            "waist=none, or schedule=loop"
+        )
     options = {"waist_at": waist_at, "waist_options": waist_options}
     graph = nnx.split(
         nnx.eval_shape(lambda: build(config, waist, key=jax.random.key(0), **options))
@@ -94,6 +104,8 @@ def model_parts(
         model = nnx.merge(graph, params, rest)
         mask: Bool[Array, "b t"] | None = batch.get("mask")
         segment_ids = batch.get("segment_ids")
+        if schedule != "loop" and devices_along("stage") > 1:
+            return by_table(model, batch)
         order: Order = "zigzag" if config.causal else "contiguous"
         out = model(
             batch["tokens"],
@@ -119,6 +131,32 @@ def model_parts(
         }
         total = sums["nats"] + waist_weight * sums["waist_loss"]
         return LanguageModelLoss(total, weight, sums, out.waist.stats)
+
+    def by_table(model, batch) -> LanguageModelLoss:
+        if {"mask", "segment_ids"} & set(batch):
+            raise ValueError(
+                f"schedule: {schedule} knows neither mask nor segment_ids; take "
+                "schedule=loop"
+            )
+        tokens = constrain(batch["tokens"], ROWS, "seq")
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        nats = scheduled_nats(
+            model,
+            model.looked_up(tokens, positions),
+            constrain(batch["targets"], ROWS, "seq"),
+            token_nats,
+            schedule=schedule,
+            chunks=chunks,
+            microbatches=microbatches,
+        )
+        weight = jnp.asarray(tokens.size, jnp.float32)
+        open_bits = config.width * jnp.finfo(config.dtype).bits  # of no waist
+        sums = {
+            "nats": nats,
+            "waist_loss": jnp.zeros((), jnp.float32),
+            "waist_bits": weight * open_bits,
+        }
+        return LanguageModelLoss(nats, weight, sums, ())
 
     def advance(params, rest, stats):
         model = nnx.merge(graph, params, rest)

@@ -286,13 +286,7 @@ class Transformer(nnx.Module):
             lambda x: arrange(x, order, parts), (tokens, positions, segment_ids, mask)
         )
         tokens = constrain(tokens, *STREAM[:2])
-        # Collected over fsdp but not over tensor, before the look-up: left alone, the
-        # partitioner would move the looked-up rows instead of the table.
-        table = constrain(self.embed.embedding[...], "tensor", None)
-        x = jnp.take(table, tokens, axis=0).astype(config.dtype)  # NaN outside
-        if self.position is not None:
-            x = x + self.position(positions).astype(config.dtype)
-        x = constrain(x, *STREAM)
+        x = self.looked_up(tokens, positions)
         options = {"positions": positions, "segment_ids": segment_ids, "length": past}
         options["order"] = order
         if stages > 1:
@@ -308,6 +302,18 @@ class Transformer(nnx.Module):
             joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), low, high)
             cache = Cache(joined, past + length)
         return Output(self._logits(x), waist, cache)
+
+    def looked_up(
+        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """What the blocks are given."""
+        # Collected over fsdp but not over tensor, before the look-up: left alone, the
+        # partitioner would move the looked-up rows instead of the table.
+        table = constrain(self.embed.embedding[...], "tensor", None)
+        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)  # NaN outside
+        if self.position is not None:
+            x = x + self.position(positions).astype(self.config.dtype)
+        return constrain(x, *STREAM)
 
     def empty_cache(self, rows: int, room: int) -> Cache:
         """A cache for `rows` sequences of up to `room` positions."""
@@ -336,10 +342,14 @@ class Transformer(nnx.Module):
         return run_stack(run, stack, x, layers, scan=self.config.scan)
 
     def _logits(self, x) -> Float[Array, "b t v"]:
-        x = self.final_norm(x).astype(self.config.dtype)
-        if self.head is None:
-            kernel = self.embed.embedding[...].T
-        else:
-            kernel = self.head.kernel[...]
-        logits = contract(x, kernel.astype(x.dtype), 1, jnp.float32)
-        return constrain(logits, ROWS, "seq", "tensor")
+        output = self.embed if self.head is None else self.head
+        return logits_of(x, self.final_norm, output, self.config.dtype)
+
+
+def logits_of(x, norm: nnx.Module, output: nnx.Module, dtype) -> Float[Array, "b t v"]:
+    """Of what the blocks leave; `output` is the head, or the embedding where tied."""
+    x = norm(x).astype(dtype)
+    tied = isinstance(output, nnx.Embed)
+    kernel = output.embedding[...].T if tied else output.kernel[...]
+    logits = contract(x, kernel.astype(x.dtype), 1, jnp.float32)
+    return constrain(logits, ROWS, "seq", "tensor")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,12 +85,11 @@ def make_mesh(layout: Layout, devices: Sequence | None = None) -> Mesh:
             f"{len(devices)}; choose sizes whose product is the number of devices"
         )
     sizes = dataclasses.asdict(layout)
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    # An axis of 8 on a torus of 4 x 4 x 4 runs along one edge and half of another.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -70,7 +70,10 @@ def config_of(record: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**config | {"dtype": PRECISION[config["dtype"]]})
 
 
-def restore_parts(record: dict[str, Any], *, microbatches: int = 1) -> Parts:
-    """The functions of the model that a record describes; microbatches of a pipeline"""
+def restore_parts(record: dict[str, Any], **pipeline: Any) -> Parts:
+    """The functions of the model that a record describes.
+
+    pipeline: microbatches, schedule and chunks, as `model_parts` takes them.
+    """
     rest = {name: record[name] for name in ("waist", "waist_at", "waist_options")}
-    return model_parts(config_of(record), microbatches=microbatches, **rest)
+    return model_parts(config_of(record), **rest, **pipeline)

@@ -39,6 +39,7 @@ from narrows.scripts.model_flags import (
 from narrows.scripts.optimizer_flags import define_optimizer, optimizer_of
 from narrows.scripts.profiling import profile_range, tracing
 from narrows.scripts.runlog import COLUMNS, RunLog, bits_per_byte
+from narrows.scripts.schedule_flags import define_schedule, schedule_of
 from narrows.scripts.stopping import stop_asked
 from narrows.scripts.trained import check_same_run, model_of, sample_text
 from narrows.scripts.validation import validation_nats
@@ -73,6 +74,7 @@ def define_flags() -> flags.FlagValues:
     yes("sample", True, "print a sample at the end")
     define_optimizer(f)
     define_model(f)
+    define_schedule(f)
     command.define_processes(f)
     return f
 
@@ -96,8 +98,10 @@ def train(f: flags.FlagValues, devices: Sequence, stops: list[int]) -> int:
         corpus = load_corpus(f.data, tokenizer=f.tokenizer)
         record = model_record(f, vocab_size=corpus.vocab_size, max_len=f.seq_len)
         folder = workdir / "checkpoints"
-        parts = restore_parts(record, microbatches=cuts)
         config = config_of(record)
+        parts = restore_parts(
+            record, microbatches=cuts, **schedule_of(f, config, layout)
+        )
         if f.waist != "none":
             middle = config.depth // 2 if f.waist_at is None else f.waist_at
             check_stages(config.depth, middle, layout.stage)
