@@ -359,6 +359,8 @@ def _as_it_is(pieces: Sequence, layout: LayoutMap) -> bool:
     if len(pieces) != 1:
         return False
     (piece,) = pieces
+    if piece.axes:
+        return False
     shape = layout.logical[piece.logical]
     same = shape == layout.stored[piece.stored]
     return same and piece.box == piece.place == whole_box(shape)
