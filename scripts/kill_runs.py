@@ -44,14 +44,11 @@ def killed_runs(
     flags = "--xla_force_host_platform_device_count=1"
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     arguments = (str(directory), str(kills), str(seed), engine, when)
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)  # would be a second word on the same
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "XLA_FLAGS": flags,
-            "JAX_NUM_CPU_DEVICES": "1",
-        },
+        env=environment,
         capture_output=True,
         text=True,
     )

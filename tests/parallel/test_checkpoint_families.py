@@ -171,7 +171,7 @@ def test_arrays_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="'Mamba' is not known; there are GPT2"):
         exchange("Mamba", LLAMA)
     with pytest.raises(
-        ValueError, match="no counterpart of 'blocks/0/attention/query_n"
+        ValueError, match="no counterpart of 'blocks/0/attention/q"
     ):
         exchange("LlamaForCausalLM", {"blocks/attention/query_norm/scale": (L, H)})
 
