@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,9 @@ def cost(scale: str, seed: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as root:
         folder = pathlib.Path(root)
         checkpoints = Checkpoints(folder / "ours", keep=1)
+        newest: Any = ocp.training.preservation_policies.LatestN(1)
         plain = ocp.training.Checkpointer(
-            folder / "orbax",
-            context=orbax_context(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
+            str(folder / "orbax"), context=orbax_context(), preservation_policy=newest
         )
         step = 0
 

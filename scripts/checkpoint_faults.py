@@ -4,6 +4,8 @@ A measure is called as (scale, seed) by `scripts/reproduce.py`; see `claims.py`.
 """
 
 import contextlib
+import itertools
+import logging
 import os
 import pathlib
 import resource
@@ -50,11 +52,17 @@ def damaged(scale: str, seed: int) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     state = {"x": jnp.asarray(rng.random(2**18), jnp.float32), "n": jnp.int32(seed)}
     silent = cases = 0
-    for engine in ENGINES:
-        for fault in FAULTS:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # Orbax's threads log pages on their own account
+    try:
+        for engine, fault in itertools.product(ENGINES, FAULTS):
             with tempfile.TemporaryDirectory() as folder:
                 cases += 1
-                silent += not _survived(pathlib.Path(folder), engine, fault, state, rng)
+                path = pathlib.Path(folder)
+                silent += not _survived(path, engine, fault, state, rng)
+    finally:
+        logger.setLevel(level)
     yield Row("faults that were not named or survived", silent)
     yield Row("faults", cases)
 

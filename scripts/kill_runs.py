@@ -11,6 +11,7 @@ key of `parallel.checkpoint.ENGINES`; only "lazy" has a commit of its own to sto
 The error, and exit code 1: a run that cannot go on, or a committed step that is gone.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -116,10 +117,12 @@ def main(directory: str, kills: str, seed: str, engine: str, when: str) -> int:
         newest = max(newest, latest_step(directory) or 0)
         for process in victims:
             _kill(process, when != "commit")
-        time.sleep(0.3 if others else 0.0)  # the others go on, or wait
+        time.sleep(0.3 if others else 0.0)  # the other waits, or ends itself
         newest = max(newest, latest_step(directory) or 0)
         for process in others:
-            _kill(process, True)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         after = latest_step(directory) or 0
         if after < newest:
             raise RuntimeError(f"step {newest} was committed, now {after} is newest")

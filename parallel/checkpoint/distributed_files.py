@@ -32,7 +32,7 @@ def read_distributed(path: Any, *, inert: Collection[str] = ()) -> dict[str, Ten
     if not isinstance(found, Stub) or not found.name.endswith(".Metadata"):
         raise ValueError(f"{source}: it describes no checkpoint")
     places: dict[tuple[str, Shape], Stub] = {
-        (index["fqn"], tuple(index["offset"] or ())): place
+        (index["fqn"], tuple(index.get("offset") or ())): place
         for index, place in found["storage_data"].items()
     }
     read = {}

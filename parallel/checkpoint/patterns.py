@@ -85,6 +85,37 @@ def arrange(shapes: Parts, patterns: Sequence[Pattern]) -> LayoutMap:
     return check(join([*maps, identity(rest)]))
 
 
+class Arrangement(NamedTuple):
+    """How a state is stored: the shapes of its logical leaves, and their patterns."""
+
+    logical: Mapping[str, Shape]
+    patterns: Sequence[Pattern]
+
+    def map(self) -> LayoutMap:
+        return arrange(self.logical, self.patterns)
+
+    def check(self, shapes: Mapping[str, Shape]) -> LayoutMap:
+        """The map; ValueError unless it makes leaves of just these names and shapes."""
+        made = self.map()
+        if made.stored != shapes:
+            wrong = sorted(
+                name
+                for name in made.stored.keys() | shapes.keys()
+                if made.stored.get(name) != shapes.get(name)
+            )
+            first = wrong[0]
+            raise ValueError(
+                f"layout: it makes other leaves than there are, such as {wrong[:4]}: "
+                f"{first!r} would be {made.stored.get(first)}, but is "
+                f"{shapes.get(first)}"
+            )
+        return made
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the header of a step."""
+        return {"logical": dict(self.logical), "patterns": list(self.patterns)}
+
+
 def copies(parts: Parts, *, ranks: int, reduction: Reduction) -> LayoutMap:
     """name/0 ... name/(ranks - 1), each whole: replicated, averaged or summed."""
     return each(

@@ -170,9 +170,7 @@ def test_arrays_that_do_not_fit_are_named():
     assert "model.norm.weight (there (13,), by the configuration (12,))" in said
     with pytest.raises(ValueError, match="'Mamba' is not known; there are GPT2"):
         exchange("Mamba", LLAMA)
-    with pytest.raises(
-        ValueError, match="no counterpart of 'blocks/0/attention/q"
-    ):
+    with pytest.raises(ValueError, match="no counterpart of 'blocks/0/attention/q"):
         exchange("LlamaForCausalLM", {"blocks/attention/query_norm/scale": (L, H)})
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 from narrows.parallel.checkpoint import inspect
 from narrows.parallel.checkpoint.safetensors_files import read_folder, write_folder
 from narrows.scripts import convert_checkpoint, sample
@@ -42,7 +43,9 @@ CONFIGS = {
 }
 
 
-def write_theirs(folder, kind, dtype=np.float32, change=None, shard_bytes=2**31):
+def write_theirs(
+    folder, kind, dtype: DTypeLike = np.float32, change=None, shard_bytes=2**31
+):
     """A folder of Hugging Face's with random weights; what it holds."""
     from narrows.parallel.checkpoint.configurations import architecture_of, options_of
     from narrows.parallel.checkpoint.families import exchange
