@@ -68,13 +68,14 @@ class Attention(nnx.Module):
         head_width: int,
         qk_norm: bool,
         rotary: bool,
+        rotary_base: float = 10_000.0,
         causal: bool,
         bias: bool,
         residual_scale: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.rotary, self.causal = rotary, causal
+        self.rotary, self.rotary_base, self.causal = rotary, rotary_base, causal
         inward: dict[str, Any] = {"use_bias": bias, "dtype": dtype, "rngs": rngs}
         inward["dot_general"] = dot_general
         self.query = nnx.LinearGeneral(width, (heads, head_width), **inward)
@@ -114,7 +115,7 @@ class Attention(nnx.Module):
             query = self.query_norm(query).astype(x.dtype)
             key = self.key_norm(key).astype(x.dtype)
         if self.rotary:
-            angles = turns(positions, query.shape[-1])
+            angles = turns(positions, query.shape[-1], self.rotary_base)
             query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is None:
             mixed = self._attend(query, key, value, segment_ids, order)

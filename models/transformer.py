@@ -44,7 +44,8 @@ class TransformerConfig:
     max_len: int = 1024  # positions that learned positions know
     norm: Literal["rms", "layer"] = "rms"
     position: Literal["rotary", "learned"] = "rotary"
-    mlp: Literal["gated", "gelu"] = "gated"
+    rotary_base: float = 10_000.0  # pair i turns by base**(-2i / head_width)
+    mlp: Literal["gated", "gelu", "gelu_tanh"] = "gated"
     bias: bool = False
     tied: bool = False  # the output projection is the embedding
     qk_norm: bool = False
@@ -62,7 +63,7 @@ class TransformerConfig:
         for name, allowed in (
             ("norm", ("rms", "layer")),
             ("position", ("rotary", "learned")),
-            ("mlp", ("gated", "gelu")),
+            ("mlp", ("gated", "gelu", "gelu_tanh")),
             ("remat", ("none", "dots", "full")),
         ):
             if getattr(self, name) not in allowed:
@@ -94,7 +95,7 @@ GPT2 = TransformerConfig(
     depth=12,
     norm="layer",
     position="learned",
-    mlp="gelu",
+    mlp="gelu_tanh",
     bias=True,
     tied=True,
 )
@@ -130,9 +131,13 @@ def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class MLP(nnx.Module):
-    """gelu: W_down gelu(W_up x); gated: W_down (silu(W_gate x) * W_up x)."""
+    """gelu: W_down gelu(W_up x); gated: W_down (silu(W_gate x) * W_up x).
+
+    gelu_tanh approximates gelu by a tanh, as GPT-2 does.
+    """
 
     def __init__(self, config: TransformerConfig, residual_scale, *, rngs: nnx.Rngs):
+        self.tanh = config.mlp == "gelu_tanh"
         options: dict[str, Any] = {"use_bias": config.bias, "dtype": config.dtype}
         options |= {"dot_general": dot_general, "rngs": rngs}
         self.up = nnx.Linear(config.width, config.mlp_width, **options)
@@ -147,7 +152,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         if self.gate is None:
-            return self.down(jax.nn.gelu(self.up(x), approximate=False))
+            return self.down(jax.nn.gelu(self.up(x), approximate=self.tanh))
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -165,6 +170,7 @@ class Block(nnx.Module):
             head_width=config.head_width,
             qk_norm=config.qk_norm,
             rotary=config.position == "rotary",
+            rotary_base=config.rotary_base,
             causal=config.causal,
             bias=config.bias,
             residual_scale=scale,

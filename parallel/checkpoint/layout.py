@@ -4,7 +4,8 @@ A sharding needs no map, it moves no element to another index. A pipeline's stac
 fused projection, padding, a flat buffer, copies do: the *stored* arrays hold the
 elements of the *logical* ones elsewhere, several times, or in a sum. A `LayoutMap` says
 where, piece by piece; a piece is a box of a logical array and a box of a stored one
-with as many elements, in the same reading order. `patterns.py` builds maps.
+with as many elements, in the same reading order (or, turned, in that of permuted
+axes). `patterns.py` builds maps.
 
     cut(logical, map) -> stored      union(stored, map) -> logical
 
@@ -28,6 +29,7 @@ class Piece(NamedTuple):
     box: Box
     stored: str
     place: Box  # as many elements as `box`, in the same reading order
+    axes: Shape = ()  # place.transpose(axes) is read like `box`; (): as it is
 
 
 class LayoutMap(NamedTuple):
@@ -120,8 +122,29 @@ def flip(layout: LayoutMap) -> LayoutMap:
             f"layout: {min(layout.reductions)!r} is stored several times, and only a "
             "map without copies can be turned round"
         )
-    pieces = tuple(Piece(p.stored, p.place, p.logical, p.box) for p in layout.pieces)
+    pieces = tuple(
+        Piece(p.stored, p.place, p.logical, p.box, _inverse(p.axes))
+        for p in layout.pieces
+    )
     return LayoutMap(layout.stored, layout.logical, pieces, {})
+
+
+def each(
+    parts: Mapping[str, Shape],
+    pieces: Callable[[str, Shape], Iterable[Piece]],
+    stored: Callable[[str, Shape], dict[str, Shape]],
+    reduction: Reduction = "unique",
+) -> LayoutMap:
+    """The map of arrays that have nothing to do with each other."""
+    maps = []
+    for name, shape in parts.items():
+        shape = tuple(shape)
+        reductions: dict[str, Reduction] = {name: reduction}
+        if reduction == "unique":
+            reductions = {}
+        made = tuple(pieces(name, shape))
+        maps.append(LayoutMap({name: shape}, stored(name, shape), made, reductions))
+    return check(join(maps))
 
 
 def check(layout: LayoutMap) -> LayoutMap:
@@ -152,6 +175,12 @@ def check(layout: LayoutMap) -> LayoutMap:
             raise ValueError(
                 f"layout: a piece of {piece.logical!r} has {volume(piece.box)} "
                 f"elements and {volume(piece.place)} in stored {piece.stored!r}"
+            )
+        turned = tuple(sizes(piece.place)[axis] for axis in piece.axes)
+        if piece.axes and turned != sizes(piece.box):
+            raise ValueError(
+                f"layout: a piece of {piece.logical!r} turns {sizes(piece.place)} by "
+                f"axes {piece.axes} to {turned}, not to {sizes(piece.box)}"
             )
         by_stored[piece.stored].append(piece.place)
         by_logical[piece.logical].append(piece.box)
@@ -202,7 +231,8 @@ def cut_one(
     dtype = _one_dtype(name, dtypes)
     (only, *others) = pieces
     summed = any(layout.reductions.get(p.logical) == "sum" for p in pieces)
-    if not (others or summed) and only.box == only.place == whole_box(shape):
+    alone = not (others or summed or only.axes)
+    if alone and only.box == only.place == whole_box(shape):
         source = logical(only.logical)  # nothing moves, nothing is copied
         return source if source.shape == shape else source[_slices(only.box)]
     out = np.zeros(shape, dtype)
@@ -213,6 +243,8 @@ def cut_one(
         ):
             continue  # zeros: the first copy has it all
         part = logical(piece.logical)[_slices(piece.box)]
+        if piece.axes:
+            part = part.transpose(_inverse(piece.axes))
         out[_slices(piece.place)] = part.reshape(sizes(piece.place))
     return out
 
@@ -228,6 +260,8 @@ def union_one(
             source = stored(piece.stored)
             dtypes[piece.stored] = source.dtype
             part = source[_slices(piece.place)]
+            if piece.axes:
+                part = part.transpose(piece.axes)
             copies.setdefault(piece.box, []).append(part.reshape(sizes(piece.box)))
     dtype = _one_dtype(name, dtypes)
     reduce = _REDUCE.get(layout.reductions.get(name, "unique"))
@@ -290,6 +324,10 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
+
+
+def _inverse(axes: Shape) -> Shape:
+    return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
 def _owners(layout: LayoutMap) -> dict[tuple[str, Box], Piece]:

@@ -23,6 +23,7 @@ from .layout import (
     Reduction,
     Shape,
     check,
+    each,
     flip,
     identity,
     join,
@@ -30,8 +31,7 @@ from .layout import (
     sizes,
     whole_box,
 )
-
-Parts = Mapping[str, Shape]
+from .reshaping import Parts, merged, recut, transposed
 
 
 class Pattern(NamedTuple):
@@ -85,9 +85,40 @@ def arrange(shapes: Parts, patterns: Sequence[Pattern]) -> LayoutMap:
     return check(join([*maps, identity(rest)]))
 
 
+class Arrangement(NamedTuple):
+    """How a state is stored: the shapes of its logical leaves, and their patterns."""
+
+    logical: Mapping[str, Shape]
+    patterns: Sequence[Pattern]
+
+    def map(self) -> LayoutMap:
+        return arrange(self.logical, self.patterns)
+
+    def check(self, shapes: Mapping[str, Shape]) -> LayoutMap:
+        """The map; ValueError unless it makes leaves of just these names and shapes."""
+        made = self.map()
+        if made.stored != shapes:
+            wrong = sorted(
+                name
+                for name in made.stored.keys() | shapes.keys()
+                if made.stored.get(name) != shapes.get(name)
+            )
+            first = wrong[0]
+            raise ValueError(
+                f"layout: it makes other leaves than there are, such as {wrong[:4]}: "
+                f"{first!r} would be {made.stored.get(first)}, but is "
+                f"{shapes.get(first)}"
+            )
+        return made
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for the header of a step."""
+        return {"logical": dict(self.logical), "patterns": list(self.patterns)}
+
+
 def copies(parts: Parts, *, ranks: int, reduction: Reduction) -> LayoutMap:
     """name/0 ... name/(ranks - 1), each whole: replicated, averaged or summed."""
-    return _each(
+    return each(
         parts,
         lambda name, shape: [
             Piece(name, whole_box(shape), f"{name}/{rank}", whole_box(shape))
@@ -100,7 +131,7 @@ def copies(parts: Parts, *, ranks: int, reduction: Reduction) -> LayoutMap:
 
 def workers(parts: Parts, *, workers: int, reduction: Reduction) -> LayoutMap:
     """Copies on a leading axis: what a worker has of its own, in one array."""
-    return _each(
+    return each(
         parts,
         lambda name, shape: [
             Piece(name, whole_box(shape), name, ((rank, rank + 1), *whole_box(shape)))
@@ -125,7 +156,7 @@ def fragment(
             for rank, box in enumerate(_slabs(shape, axis, cuts(name, shape)))
         ]
 
-    return _each(
+    return each(
         parts,
         pieces,
         lambda name, shape: {p.stored: sizes(p.place) for p in pieces(name, shape)},
@@ -144,7 +175,7 @@ def unrolled(parts: Parts, *, at: str) -> LayoutMap:
             raise ValueError(f"layout: at={at!r} is no part of the name {name!r}")
         return f"{before}/{at}/{index}/{after}".strip("/")
 
-    return _each(
+    return each(
         parts,
         lambda name, shape: [
             Piece(name, box, named(name, index), whole_box(shape[1:]))
@@ -182,17 +213,17 @@ def pipelined(
     chunks = stages * repeats
 
     def pieces(name: str, shape: Shape) -> list[Piece]:
-        each = _even(name, shape[0], chunks)[0]
+        width = _even(name, shape[0], chunks)[0]
         out = []
-        for chunk, box in enumerate(_slabs(shape, 0, [each] * chunks)):
+        for chunk, box in enumerate(_slabs(shape, 0, [width] * chunks)):
             repeat, stage = divmod(chunk, stages)
             place = (stage, repeat) if stage_first else (repeat, stage)
             lead = tuple((i, i + 1) for i in place)
-            out.append(Piece(name, box, name, (*lead, *whole_box((each, *shape[1:])))))
+            out.append(Piece(name, box, name, (*lead, *whole_box((width, *shape[1:])))))
         return out
 
     lead = (stages, repeats) if stage_first else (repeats, stages)
-    return _each(
+    return each(
         parts,
         pieces,
         lambda name, shape: {name: (*lead, shape[0] // chunks, *shape[1:])},
@@ -247,7 +278,7 @@ def padded(parts: Parts, *, axis: int, multiple: int) -> LayoutMap:
     def size(shape: Shape) -> int:
         return -(-shape[axis] // multiple) * multiple
 
-    return _each(
+    return each(
         parts,
         lambda name, shape: [Piece(name, whole_box(shape), name, whole_box(shape))],
         lambda name, shape: {name: (*shape[:axis], size(shape), *shape[axis + 1 :])},
@@ -288,21 +319,6 @@ def flat(parts: Parts, *, ranks: int, into: str, align: int = 1) -> LayoutMap:
     )
 
 
-def recut(parts: Parts, *, shape: Sequence[int]) -> LayoutMap:
-    """Arrays of one dimension, filled into `shape` in reading order."""
-    shape = tuple(shape)
-
-    def pieces(name: str, logical: Shape) -> list[Piece]:
-        out, start = [], 0
-        for place in ranges(shape, 0, logical[0]):
-            stop = start + math.prod(sizes(place))
-            out.append(Piece(name, ((start, stop),), name, place))
-            start = stop
-        return out
-
-    return _each(parts, pieces, lambda name, logical: {name: shape})
-
-
 def placed(parts: Parts, *, axis: int, order: Sequence[int]) -> LayoutMap:
     """Experts elsewhere: slot i holds expert order[i]; some may be there twice."""
 
@@ -318,7 +334,7 @@ def placed(parts: Parts, *, axis: int, order: Sequence[int]) -> LayoutMap:
             for slot, e in enumerate(order)
         ]
 
-    return _each(
+    return each(
         parts,
         pieces,
         lambda name, shape: {name: (*shape[:axis], len(order), *shape[axis + 1 :])},
@@ -330,24 +346,9 @@ PATTERNS = {
     make.__name__: make
     for make in (
         copies, workers, fragment, unrolled, stacked, pipelined, fused, padded, flat,
-        recut, placed,
+        recut, placed, merged, transposed,
     )
 }  # fmt: skip
-
-
-def _each(parts: Parts, pieces, stored, reduction: Reduction = "unique") -> LayoutMap:
-    """The map of arrays that have nothing to do with each other."""
-    maps = []
-    for name, shape in parts.items():
-        shape = tuple(shape)
-        reductions: dict[str, Reduction] = {name: reduction}
-        if reduction == "unique":
-            reductions = {}
-        made = pieces(name, shape)
-        maps.append(
-            LayoutMap({name: shape}, stored(name, shape), tuple(made), reductions)
-        )
-    return check(join(maps))
 
 
 def _even(name: str, size: int, ranks: int) -> list[int]:

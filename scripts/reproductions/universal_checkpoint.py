@@ -22,7 +22,6 @@ import itertools
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,13 +33,12 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from narrows.parallel.checkpoint import Arrangement, Checkpoints, Pattern, inspect
 from narrows.parallel.checkpoint.resume import restore
-from narrows.parallel.checkpoint.storage import orbax_context
 from narrows.scripts import train
+from narrows.scripts.checkpoint_cost import cost, memory
+from narrows.scripts.checkpoint_faults import damaged, killed
 from narrows.scripts.claims import Claim, Law, NotMeasured, Ratio, Row, System
-from narrows.scripts.conversion_peak import LEAF, conversion_peak
 from narrows.scripts.results import Recorded
 from narrows.scripts.runlog import read_rows
-from orbax.checkpoint import v1 as ocp
 
 SYSTEM = System(
     slug="universal_checkpoint",
@@ -51,7 +49,6 @@ SYSTEM = System(
     module="narrows.parallel.checkpoint.resume",
     summary="stored boxes mapped to logical boxes when a checkpoint is loaded",
 )
-MIB = 2**20
 STEPS = {"quick": 20, "full": 100, "paper": 200}
 BLOCKS = ".*/blocks/.*"
 QKV = Pattern(
@@ -239,74 +236,6 @@ def _residuals(folder: pathlib.Path, seed: int) -> Iterator[Row]:
     yield Row("change of the mean residual", worst / scale)
 
 
-def cost(scale: str, seed: int) -> Iterator[Row]:
-    """Seconds to save and to restore over Orbax's own, medians of alternating runs."""
-    mib, turns = (64, 3) if scale == "quick" else (512, 7)
-    rng = np.random.default_rng(seed)
-    shape = (8, mib * MIB // (4 * 4 * 8 * 256), 256)
-    state = {f"blocks/{i}": jnp.asarray(rng.random(shape, "f4")) for i in range(4)}
-    one = jax.devices()[0]
-    state = jax.device_put(state, jax.sharding.SingleDeviceSharding(one))
-    stages = Arrangement(
-        {name: x.shape for name, x in state.items()},
-        [Pattern("blocks/.*", "pipelined", {"stages": 2, "repeats": 2})],
-    )
-    wanted = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=state[name].sharding)
-        for name, shape in stages.map().stored.items()
-    }
-    names = ("save orbax", "save ours", "orbax", "ours", "converted")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-
-    with tempfile.TemporaryDirectory() as root:
-        folder = pathlib.Path(root)
-        checkpoints = Checkpoints(folder / "ours", keep=1)
-        plain = ocp.training.Checkpointer(
-            folder / "orbax",
-            context=orbax_context(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(1),
-        )
-        step = 0
-
-        def save_ours():
-            checkpoints.save(step, state, {})
-            checkpoints.wait()
-
-        def save_orbax():
-            plain.save(step, state, force=True)
-
-        calls = {
-            "save orbax": save_orbax,
-            "save ours": save_ours,
-            "orbax": lambda: plain.load(step, state),
-            "ours": lambda: restore(folder / "ours", state),
-            "converted": lambda: restore(folder / "ours", wanted, layout=stages),
-        }
-        for step in range(turns + 1):  # the first compiles
-            for kind in (names[:2], names[2:]):
-                for name in rng.permutation(kind):
-                    begun = time.perf_counter()
-                    jax.block_until_ready(calls[name]())
-                    if step:
-                        seconds[name].append(time.perf_counter() - begun)
-        checkpoints.close()
-        plain.close()
-    middle = {name: float(np.median(times)) for name, times in seconds.items()}
-    yield Row("save over Orbax", 1.0, "orbax")
-    yield Row("save over Orbax", middle["save ours"] / middle["save orbax"])
-    for arm in names[2:]:
-        yield Row("restore over Orbax", middle[arm] / middle["orbax"], arm)
-
-
-def memory(scale: str, seed: int) -> Iterator[Row]:
-    """Peak of a conversion above what was resident and what it returns, in a process
-    of its own: over the largest leaf and 200 MB."""
-    mib = 256 if scale == "quick" else 2048
-    extra = conversion_peak(mib)
-    yield Row("peak over the bound", extra / (LEAF + 200e6))
-    yield Row("peak above the result in MiB", extra / MIB)
-
-
 CLAIMS = (
     Claim(
         "bits",
@@ -338,24 +267,57 @@ CLAIMS = (
         resumed,
     ),
     Claim(
+        "kills",
+        "a run killed at any instant, in a commit, or in one of its processes goes on "
+        "from a whole step, and no committed one is lost",
+        "not in the paper",
+        Law("runs that lost a commit", 0),
+        killed,
+        note="Full kills 60 times a seed at random instants, 300 in all.",
+    ),
+    Claim(
+        "damage",
+        "a full disk, a cut file or a flipped bit is named in one sentence, and the "
+        "step before still loads",
+        "not in the paper",
+        Law("faults that were not named or survived", 0),
+        damaged,
+    ),
+    Claim(
         "saving",
-        "saving with fingerprints keeps 90 % of Orbax's own throughput",
+        "saving with fingerprints takes at most 1/0.9 of the processor time of "
+        "Orbax's own",
         "saving costs nothing more",
         Ratio("save over Orbax", "method", "orbax", at_most=1 / 0.9),
         cost,
     ),
     Claim(
         "restoring",
-        "restoring with fingerprints keeps 90 % of Orbax's own throughput",
+        "restoring with fingerprints takes at most 1/0.9 of the processor time of "
+        "Orbax's own",
         "not in the paper",
         Ratio("restore over Orbax", "ours", "orbax", at_most=1 / 0.9),
+        cost,
+    ),
+    Claim(
+        "saving_clock",
+        "by the clock, saving keeps 90 % of the throughput of Orbax's own",
+        "saving costs nothing more",
+        Ratio("save over Orbax, clock", "method", "orbax", at_most=1 / 0.9),
+        cost,
+    ),
+    Claim(
+        "restoring_clock",
+        "by the clock, restoring keeps 90 % of the throughput of Orbax's own",
+        "not in the paper",
+        Ratio("restore over Orbax, clock", "ours", "orbax", at_most=1 / 0.9),
         cost,
     ),
     Claim(
         "converting",
         "a restore into another layout takes at most 1.4 times a native one",
         "1.1 to 1.4 times a native load",
-        Ratio("restore over Orbax", "converted", "ours", at_most=1.4),
+        Ratio("restore over Orbax, clock", "converted", "ours", at_most=1.4),
         cost,
     ),
     Claim(
@@ -364,12 +326,13 @@ CLAIMS = (
         "memory of the largest parameter times the workers",
         Law("peak over the bound", 1.0),
         memory,
+        note="Quick brings 256 MiB over, full 2 GiB; one worker.",
     ),
 )
 
 
 def cost_figure(rows: Sequence[Recorded]) -> Figure:
-    """Restores over Orbax's own, a point a seed."""
+    """Saves and restores over Orbax's own, a point a seed."""
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()
     scale = "full" if any(r.scale == "full" for r in rows) else "quick"
@@ -386,7 +349,7 @@ def cost_figure(rows: Sequence[Recorded]) -> Figure:
         axes.plot([place] * len(found), found, "o", color="C0", alpha=0.5)
         axes.plot(place, np.mean(found), "_", color="C1", ms=24, mew=2)
     axes.set_xticks(range(len(arms)), arms)
-    axes.set_ylabel("time over Orbax's own")
+    axes.set_ylabel("processor time over Orbax's own")
     axes.set_ylim(bottom=0)
     return figure
 

@@ -192,7 +192,16 @@ def arranged(draw):
         again = draw(st.lists(st.integers(0, shape[axis] - 1), max_size=3))
         order = draw(st.permutations([*range(shape[axis]), *again]))
         options = {"axis": axis, "order": order}
+    elif make == "merged":
+        options = {"axis": axis, "count": draw(st.integers(1, len(shape) - axis))}
+    elif make == "transposed":
+        options = {"axes": draw(st.permutations(range(len(shape))))}
     return parts, Pattern(name, make, options)
+
+
+FLIPPED = (
+    "pipelined", "fused", "stacked", "unrolled", "fragment", "merged", "transposed"
+)  # fmt: skip
 
 
 @settings(max_examples=120, deadline=None)
@@ -206,7 +215,7 @@ def test_what_is_cut_comes_together_again(made, dtype, seed):
     x = random_arrays(parts, dtype, seed)
     stored = cut(x, layout)
     assert_same_bits(union(stored, layout), x)
-    if pattern.make in ("pipelined", "fused", "stacked", "unrolled", "fragment"):
+    if pattern.make in FLIPPED:
         assert_same_bits(union(x, check(flip(layout))), stored)
 
 
@@ -245,6 +254,26 @@ def test_patterns_are_what_numpy_says():
     np.testing.assert_array_equal(stored["experts"]["experts/w"], x["experts/w"][order])
 
 
+def test_other_shapes_and_orders_are_what_numpy_says():
+    x = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+    for make, options, want in (
+        ("merged", {"axis": 1}, x.reshape(2, 12)),
+        ("merged", {"axis": 0}, x.reshape(6, 4)),
+        ("merged", {"axis": 0, "count": 3}, x.ravel()),
+        ("transposed", {"axes": [2, 0, 1]}, x.transpose(2, 0, 1)),
+    ):
+        layout = arrange({"w": x.shape}, [Pattern("w", make, options)])
+        np.testing.assert_array_equal(cut({"w": x}, layout)["w"], want)
+        assert_same_bits(union({"w": want}, layout), {"w": x})
+    square = arrange({"w": (3, 3)}, [Pattern("w", "transposed", {"axes": [1, 0]})])
+    y = x.ravel()[:9].reshape(3, 3)  # the one whose shape says nothing
+    np.testing.assert_array_equal(cut({"w": y}, square)["w"], y.T)
+    np.testing.assert_array_equal(union({"w": y.T}, square)["w"], y)
+    turned = Piece("w", ((0, 2), (0, 3)), "w", ((0, 2), (0, 3)), (1, 0))
+    with pytest.raises(ValueError, match=r"turns \(2, 3\) by axes \(1, 0\)"):
+        check(LayoutMap({"w": (2, 3)}, {"w": (2, 3)}, (turned,), {}))
+
+
 def test_means_and_sums():
     """In float64, rounded once; equal copies and a single summand keep their bits."""
     shape, rng = {"e": (50,)}, np.random.default_rng(0)
@@ -277,6 +306,8 @@ BAD_PATTERNS = {
     ),
     "expert": ([("experts/w", "placed", {"axis": 0, "order": [0, 1]})], "6 experts"),
     "small": ([("norm", "recut", {"shape": [3]})], "'norm' of shape"),
+    "axes": ([("embed", "transposed", {"axes": [1, 1]})], "do not order the 2 axes"),
+    "few axes": ([("norm", "merged", {"axis": 0})], "has no 2 axes from"),
     "no part": (
         [("embed", "unrolled", {"at": "blocks"})],
         "no part of the name",
