@@ -38,7 +38,7 @@ class EnergyBottleneck(nnx.Module):
     weights: a, b and g above, of what is predicted; training has its own.
     inference: "exact" answers each concept by itself, "map" the likeliest pattern as
         a whole, both of all 2^k patterns (at most 12 concepts); "gradient" minimises
-        the relaxed energy, as the paper does.
+        the relaxed energy, as the paper does, from `restarts` starts.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class EnergyBottleneck(nnx.Module):
         hidden: int = 64,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         inference: str = "exact",
+        restarts: int = 8,
         rngs: nnx.Rngs,
     ):
         self.names = contract.checked_names(names)
@@ -63,7 +64,7 @@ class EnergyBottleneck(nnx.Module):
                 f"inference: {inference!r} lists 2^k patterns and takes at most {MOST} "
                 f"concepts, but {k} came: take 'gradient'"
             )
-        self.weights, self.inference = weights, inference
+        self.weights, self.inference, self.restarts = weights, inference, restarts
         self.by_class = nnx.Linear(width, hidden, rngs=rngs)  # W1
         self.by_concept = nnx.Linear(width, hidden, rngs=rngs)  # W2
         self.by_pattern = nnx.Linear(k * hidden, hidden, rngs=rngs)  # W3
@@ -143,7 +144,7 @@ class EnergyBottleneck(nnx.Module):
         the relaxed optimum of all concepts and the class together.
         """
         if self.inference == "gradient":
-            found = queries.infer(self, x, truth, mask)
+            found = queries.infer(self, x, truth, mask, restarts=self.restarts)
             return Prediction(
                 found.concepts, jnp.log(jnp.maximum(found.classes, 1e-30)), found.odds
             )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Key
 from sklearn.linear_model import LogisticRegression
 
@@ -40,7 +41,7 @@ class Cut(NamedTuple):
     test: np.ndarray
 
 
-def leakage(passed: Float[np.ndarray, "n p"], labels: Labels, *, seed: int = 0) -> Leak:
+def leakage(passed: Float[ArrayLike, "n p"], labels: Labels, *, seed: int = 0) -> Leak:
     """What a probe reads of the class from `passed` that true concepts do not tell.
 
     Both entropies are cross-entropies of logistic regressions on rows held out: the
@@ -64,7 +65,7 @@ def leakage(passed: Float[np.ndarray, "n p"], labels: Labels, *, seed: int = 0) 
 
 
 def measured_leakage(
-    passed: Float[np.ndarray, "n p"],
+    passed: Float[ArrayLike, "n p"],
     labels: Labels,
     *,
     key: Key[jax.Array, ""],
