@@ -142,7 +142,7 @@ def agreement(best: Trained, pull, x) -> dict[str, Any]:
 
 def known_answers(best: Trained, pull, settings) -> dict[str, list[float]]:
     """The worst gap of p(c_k | c_l) and p(c_k | y) to the generator's."""
-    known = [setting.world for setting in settings]
+    known = [s.world for s in settings if s.world is not None]
     wide = [worlds.draw(world, LEARN, 99).x for world in known]
     x = jnp.asarray(np.stack(wide), jnp.float32)
 
