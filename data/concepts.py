@@ -90,6 +90,39 @@ def make_world(
     )
 
 
+def unlinked(world: World, seed: int, *, field: float = 1.0) -> World:
+    """The same world with concepts that are fair coins, and a class drawn given them.
+
+        p(c) = 2^-k,  p(y | c) ∝ exp(sum_j field[y, j] s_j)
+
+    Concepts tell nothing of one another here, and all of them of the class.
+    """
+    k, m = len(world.names), world.joint.shape[1]
+    s = 2.0 * patterns(k) - 1
+    energy = s @ (field * np.random.default_rng(seed).normal(size=(m, k))).T
+    given = np.exp(energy - energy.max(1, keepdims=True))
+    joint = given / given.sum(1, keepdims=True) / len(s)
+    return world._replace(joint=joint)
+
+
+def posterior(
+    world: World, x: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "n patterns m"]:
+    """p(c, y | x), exact, of a world without a direct way from y to x.
+
+    What the best answer to any question about a row rests on. Raises ValueError for a
+    world with `direct` above 0.
+    """
+    if world.direct:
+        raise ValueError(f"world: direct is {world.direct}, but it must be 0 here")
+    s = 2.0 * patterns(len(world.names)) - 1
+    z = (x @ world.concept_map.T)[:, None] - s
+    with np.errstate(divide="ignore"):
+        log = -0.5 * ((z / world.noise) ** 2).sum(-1)[..., None] + np.log(world.joint)
+    p = np.exp(log - log.max((1, 2), keepdims=True))
+    return p / p.sum((1, 2), keepdims=True)
+
+
 def draw(world: World, n: int, seed: int) -> Examples:
     """n independent rows of the world."""
     rng = np.random.default_rng(seed)

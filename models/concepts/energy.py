@@ -28,7 +28,7 @@ from .contract import Labels, Prediction
 
 WEIGHTS = {"classes": 3.0, "concepts": 1.0, "global": 1.0}
 JOINT_WEIGHTS = {"classes": 1.0, "concepts": 1.0, "global": 1.0, "joint": 1.0}
-INFERENCE = ("exact", "gradient")
+INFERENCE = ("exact", "map", "gradient")
 MOST = 12  # concepts whose 2^k patterns are listed
 
 
@@ -36,8 +36,9 @@ class EnergyBottleneck(nnx.Module):
     """Three energy networks over features, named concepts and classes.
 
     weights: a, b and g above, of what is predicted; training has its own.
-    inference: "exact" sums over all 2^k patterns (at most 12 concepts), "gradient"
-        minimises the relaxed energy, as the paper does.
+    inference: "exact" answers each concept by itself, "map" the likeliest pattern as
+        a whole, both of all 2^k patterns (at most 12 concepts); "gradient" minimises
+        the relaxed energy, as the paper does, from `restarts` starts.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class EnergyBottleneck(nnx.Module):
         hidden: int = 64,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         inference: str = "exact",
+        restarts: int = 8,
         rngs: nnx.Rngs,
     ):
         self.names = contract.checked_names(names)
@@ -57,12 +59,12 @@ class EnergyBottleneck(nnx.Module):
                 f"inference: {inference!r}, but allowed are {', '.join(INFERENCE)}"
             )
         k = len(self.names)
-        if inference == "exact" and k > MOST:
+        if inference != "gradient" and k > MOST:
             raise ValueError(
-                f"inference: 'exact' lists 2^k patterns and takes at most {MOST} "
+                f"inference: {inference!r} lists 2^k patterns and takes at most {MOST} "
                 f"concepts, but {k} came: take 'gradient'"
             )
-        self.weights, self.inference = weights, inference
+        self.weights, self.inference, self.restarts = weights, inference, restarts
         self.by_class = nnx.Linear(width, hidden, rngs=rngs)  # W1
         self.by_concept = nnx.Linear(width, hidden, rngs=rngs)  # W2
         self.by_pattern = nnx.Linear(k * hidden, hidden, rngs=rngs)  # W3
@@ -138,16 +140,20 @@ class EnergyBottleneck(nnx.Module):
     ) -> Prediction:
         """Marginals given x and the concepts set; what is set moves the others too.
 
-        By gradient: the relaxed optimum of all concepts and the class together.
+        "map": the concepts are those of the likeliest pattern, 0 or 1. By gradient:
+        the relaxed optimum of all concepts and the class together.
         """
         if self.inference == "gradient":
-            found = queries.infer(self, x, truth, mask)
+            found = queries.infer(self, x, truth, mask, restarts=self.restarts)
             return Prediction(
                 found.concepts, jnp.log(jnp.maximum(found.classes, 1e-30)), found.odds
             )
         free = queries.log_joint(self, x)
         odds = contract.log_odds(queries.marginals(free)[0])
-        concepts, classes = queries.marginals(queries.clamp(free, truth, mask))
+        table = queries.clamp(free, truth, mask)
+        concepts, classes = queries.marginals(table)
+        if self.inference == "map":
+            concepts = queries.likeliest(table)
         return Prediction(contract.intervene(concepts, truth, mask), classes, odds)
 
 

@@ -25,7 +25,7 @@ def fit(
     weights: Mapping[str, float],
     steps: int = 500,
     batch: int = 128,
-    learning_rate: float = 1e-2,
+    learning_rate: float | Array | optax.Schedule = 1e-2,
     optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[M, dict[str, Float[Array, " steps"]]]:
     """A trained copy of the model, and each named loss at each step.

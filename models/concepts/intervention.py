@@ -50,25 +50,45 @@ def cooperative(model: ConceptModel, x, prediction: Prediction, truth, mask, key
     (CooP, Chauhan et al. 2023, arXiv:2212.07430, Sec. 4, with both weights 1 and equal
     costs).
     """
+    absent, present, now = _answered(model, x, prediction, truth, mask)
+    p = prediction.concepts
+    moved = (1 - p) * jnp.abs(absent - now) + p * jnp.abs(present - now)
+    return uncertainty(model, x, prediction, truth, mask, key) + moved
+
+
+def gradient(model: ConceptModel, x, prediction: Prediction, truth, mask, key):
+    """The concept that moves the class most, whatever its answer is likely to be.
+
+    |p(y* | c_i = 1) - p(y* | c_i = 0)|, y* the class predicted now: the slope of the
+    class over the whole step from 0 to 1, so that a concept need not be a number in
+    the model to have one.
+    """
+    del key
+    absent, present, _ = _answered(model, x, prediction, truth, mask)
+    return jnp.abs(present - absent)
+
+
+def _answered(model: ConceptModel, x, prediction: Prediction, truth, mask):
+    """p(y*) with each concept set to 0, to 1 [b, k], and as it is [b, 1]."""
     now = jax.nn.softmax(prediction.classes)
     likeliest = jnp.argmax(now, -1, keepdims=True)
 
-    def moved(i, value):
+    def then(i, value):
         asked = mask | (jnp.arange(mask.shape[-1]) == i)
         guess = jnp.where(mask, truth, value)
-        then = jax.nn.softmax(model(x, guess, asked).classes)
-        change = jnp.take_along_axis(then - now, likeliest, -1)[..., 0]
-        p = prediction.concepts[..., i]
-        return jnp.abs(change) * (p if value else 1 - p)
+        said = jax.nn.softmax(model(x, guess, asked).classes)
+        return jnp.take_along_axis(said, likeliest, -1)[..., 0]
 
-    each = [moved(i, 0.0) + moved(i, 1.0) for i in range(mask.shape[-1])]
-    return uncertainty(model, x, prediction, truth, mask, key) + jnp.stack(each, -1)
+    each = [[then(i, value) for i in range(mask.shape[-1])] for value in (0.0, 1.0)]
+    absent, present = (jnp.stack(of, -1) for of in each)
+    return absent, present, jnp.take_along_axis(now, likeliest, -1)
 
 
 POLICIES: Mapping[str, Policy] = {
     "random": chance,
     "uncertainty": uncertainty,
     "cooperative": cooperative,
+    "gradient": gradient,
 }
 
 

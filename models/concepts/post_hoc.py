@@ -156,6 +156,15 @@ def prune(
     return dataclasses.replace(model, weight=jnp.asarray(weight))
 
 
+def refit(model: PostHoc, x, classes, **options) -> PostHoc:
+    """A head of the same bank fitted anew, such as to rows of another domain.
+
+    What labels of that domain buy, and so the ceiling of any edit without labels.
+    options: of `post_hoc`.
+    """
+    return post_hoc(model.bank, x, classes, **options)
+
+
 class Hybrid(nnx.Module):
     """A post-hoc model and a linear residual from the features, which starts at 0."""
 

@@ -66,6 +66,16 @@ def marginals(table: Float[Array, "*b patterns m"]):
     return jnp.clip(each @ every, 0.0, 1.0), jax.nn.logsumexp(table, -2)
 
 
+def likeliest(table: Float[Array, "*b patterns m"]) -> Float[Array, "*b k"]:
+    """argmax_c p(c): the pattern that is most often right as a whole, of 0 and 1.
+
+    Concepts that are each likelier than not need not go together: where no single
+    pattern is likely, thresholds of marginals make one that never occurs.
+    """
+    every = jnp.asarray(patterns(int(np.log2(table.shape[-2]))), jnp.float32)
+    return every[jnp.argmax(jax.nn.logsumexp(table, -1), -1)]
+
+
 def population(
     model, x: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, "patterns m"]:
@@ -110,15 +120,17 @@ def infer(
     key: Key[Array, ""] | None = None,
     steps: int = 100,
     learning_rate: float = 0.2,
-    restarts: int = 4,
+    restarts: int = 8,
 ) -> Found:
     """Minimise E(x, c, y) over relaxed c and y by Adam, all together (Sec. 3.3).
 
         c = sigmoid(a), y = softmax(s);  min over a, s of E(x, mix(v, c), y u)
 
     Concepts that are set stay at their truth and pull the others through E_global. Each
-    restart ends in the nearest hard state, and a row keeps the one of least energy; the
-    first starts at a = s = 0, others are drawn by the key (default: key 0).
+    restart ends in the nearest hard state, and a row keeps the one of least energy. The
+    first starts at a = s = 0; others where x by itself would draw concepts and class:
+    at the log odds of E_k and the logits of E_class, with logistic and Gumbel noise by
+    the key (default: key 0), so that all that E_global may prefer is visited.
     """
     if steps < 1 or restarts < 1:
         raise ValueError(
@@ -158,10 +170,11 @@ def infer(
         return Found(c, y, logits[0], hard.astype(jnp.int32), label, reached)
 
     keys = jax.random.split(jax.random.key(0) if key is None else key)
-    starts = (
-        2.0 * jax.random.normal(keys[0], (restarts, *rows, k)).at[0].set(0.0),
-        2.0 * jax.random.normal(keys[1], (restarts, *rows, m)).at[0].set(0.0),
-    )
+    by_class, by_concept = model.parts(x)
+    odds = b * (by_concept[..., 0] - by_concept[..., 1])
+    odds = odds + 2.0 * jax.random.logistic(keys[0], (restarts, *rows, k))
+    logits = jax.random.gumbel(keys[1], (restarts, *rows, m)) - a * by_class
+    starts = (odds.at[0].set(0.0), logits.at[0].set(0.0))
     found = jax.lax.map(search, starts)
     best = jnp.argmin(found.energy, 0)
     return jax.tree.map(lambda leaf: _pick(leaf, best), found)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from . import cbm, embedding, energy
+from . import cbm, embedding, energy, probabilistic
 from .contract import ConceptModel
 
 
@@ -28,6 +28,11 @@ METHODS: dict[str, Method] = {
     },
     "embedding": Method(
         embedding.ConceptEmbedding, embedding.losses(), embedding.WEIGHTS
+    ),
+    "probabilistic": Method(
+        probabilistic.ProbabilisticBottleneck,
+        probabilistic.losses(),
+        probabilistic.WEIGHTS,
     ),
     "energy": Method(energy.EnergyBottleneck, energy.losses(), energy.WEIGHTS),
     "energy_joint": Method(

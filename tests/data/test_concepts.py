@@ -46,6 +46,26 @@ def test_the_label_has_a_corner_of_its_own_only_where_it_leaks():
     assert np.mean(np.argmax(rows.x @ plain.class_map.T, 1) == rows.labels) < 0.6
 
 
+def test_unlinked_concepts_are_independent_coins():
+    world = concepts.unlinked(concepts.make_world(0, concepts=3, classes=3), 1)
+    np.testing.assert_allclose(world.joint.sum(1), 1 / 8)
+    assert world.joint.max(1).min() * 8 > 0.4  # and tell of the class
+
+
+def test_the_posterior_is_that_of_a_plain_sum():
+    world = concepts.make_world(0, concepts=3, classes=2, width=8, noise=(0.5, 1.0, 2))
+    x = concepts.draw(world, 4, 1).x
+    for row, said in zip(x, concepts.posterior(world, x), strict=True):
+        z = world.concept_map @ row
+        p = np.zeros((8, 2))
+        for i, c in enumerate(concepts.patterns(3)):
+            far = ((z - (2 * c - 1)) / world.noise) ** 2
+            p[i] = world.joint[i] * np.exp(-far.sum() / 2)
+        np.testing.assert_allclose(said, p / p.sum(), rtol=1e-9)
+    with pytest.raises(ValueError, match="direct is 1"):
+        concepts.posterior(world._replace(direct=1), x)
+
+
 def test_it_is_its_seed():
     world = concepts.make_world(0)
     one, two = concepts.draw(world, 9, 3), concepts.draw(concepts.make_world(0), 9, 3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from narrows.data import concepts as world_of
-from narrows.models.concepts import audit, contract
+from narrows.models.concepts import audit, contract, leakage
 from narrows.models.concepts.contract import Prediction
 
 WORLD = world_of.make_world(0, concepts=4, classes=3, width=12)
@@ -50,25 +50,46 @@ def test_a_way_around_shows():
     assert said.removed == said.shuffled == said.true == 1.0
 
 
-def test_no_leak_reads_below_two_hundredths_of_a_bit_a_concept():
+def by_probe(passed):
+    return leakage.leakage(passed, LABELS)
+
+
+def by_neighbours(passed):
+    return leakage.measured_leakage(passed, LABELS, key=jax.random.key(0))
+
+
+OPINIONS = pytest.mark.parametrize("opinion", [by_probe, by_neighbours])
+
+
+@OPINIONS
+def test_no_leak_reads_below_two_hundredths_of_a_bit_a_concept(opinion):
     """Concepts with noise of their own, however soft, tell nothing beyond concepts."""
     passed = 2.0 * ROWS.concepts - 1 + RNG.normal(size=ROWS.concepts.shape)
-    said = audit.leakage(jnp.asarray(passed), LABELS)
+    said = opinion(jnp.asarray(passed))
     assert abs(said.per_concept) < 0.02
     assert said.bits < 3 * said.error + 0.01
+    hard = opinion(jnp.asarray(ROWS.concepts))
+    assert abs(hard.per_concept) < 0.02
 
 
-def test_a_planted_leak_is_found_at_its_size():
+@OPINIONS
+def test_a_planted_leak_is_found_at_its_size(opinion):
     """The whole class passes: I(Y; passed | c) is H(Y | c), known from the world."""
     passed = np.concatenate([ROWS.concepts, 9.0 * np.eye(3)[ROWS.labels]], 1)
-    said = audit.leakage(jnp.asarray(passed), LABELS)
+    said = opinion(jnp.asarray(passed))
     given = WORLD.joint / WORLD.joint.sum(1, keepdims=True)
     entropy = -np.sum(WORLD.joint * np.log2(given))
     assert abs(said.bits - entropy) < 3 * said.error + 0.05
     small = np.concatenate([ROWS.concepts, np.eye(3)[ROWS.labels]], 1)
     small[:, 4:] += RNG.normal(size=(4000, 3))
-    found = audit.leakage(jnp.asarray(small), LABELS)
+    found = opinion(small)
     assert 5 * found.error < found.bits < said.bits
+
+
+def test_too_few_rows_of_any_pattern_are_refused():
+    few = jax.tree.map(lambda leaf: leaf[:40], LABELS)
+    with pytest.raises(ValueError, match="no pattern of concepts has 64 of the 20"):
+        leakage.measured_leakage(X[:40], few, key=jax.random.key(0))
 
 
 def test_rows_with_an_unknown_concept_are_left_out():
@@ -83,7 +104,7 @@ def test_rows_with_an_unknown_concept_are_left_out():
     assert all(np.isfinite(value) for value in one.values())
     none = contract.make_labels(ROWS.concepts, ROWS.labels, np.zeros_like(known))
     with pytest.raises(ValueError, match="no row knows all concepts"):
-        audit.leakage(X, none)
+        leakage.leakage(X, none)
 
 
 def test_completeness_needs_something_to_complete():

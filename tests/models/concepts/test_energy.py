@@ -104,6 +104,21 @@ def test_gradient_inference_finds_the_enumerated_optimum(model, quick_jit):
     np.testing.assert_allclose(found.energy, own, rtol=1e-4, atol=1e-4)
 
 
+def test_the_likeliest_pattern_is_right_as_a_whole_more_often(model, quick_jit):
+    """It is the best of the enumerated patterns, and keeps what is set."""
+    whole = nnx.clone(model)
+    whole.inference = "map"
+    out = quick_jit(lambda *of: whole(*of))(X[:30], TRUTH[:30], BEAK[:30])
+    table = queries.clamp(queries.log_joint(model, X[:30]), TRUTH[:30], BEAK[:30])
+    for i, p in enumerate(np.asarray(jnp.exp(table).sum(-1))):
+        best = queries.patterns(4)[np.argmax(p)]
+        np.testing.assert_array_equal(out.concepts[i], best)
+        assert best[1] == TRUTH[i, 1]
+    np.testing.assert_allclose(
+        out.classes, model(X[:30], TRUTH[:30], BEAK[:30]).classes, atol=1e-5
+    )
+
+
 def test_gradient_inference_keeps_what_is_set(model, quick_jit):
     by_gradient = nnx.clone(model)
     by_gradient.inference = "gradient"

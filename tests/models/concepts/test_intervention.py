@@ -91,3 +91,11 @@ def test_policies_score_what_they_say(model):
             chance = p[row, i] if value else 1 - p[row, i]
             expected += chance * abs(float(then) - now[row, best])
         np.testing.assert_allclose(together[row, i], expected, rtol=1e-3)
+    slopes = intervention.gradient(model, X, out, truth, nothing, key)
+    for i in range(4):
+        ends = []
+        for value in (0.0, 1.0):
+            c = p[row].copy()
+            c[i] = value
+            ends.append(jax.nn.softmax(model.head(jnp.asarray(c, jnp.float32)))[best])
+        np.testing.assert_allclose(slopes[row, i], abs(ends[1] - ends[0]), atol=1e-5)

@@ -173,6 +173,15 @@ def test_edits_are_by_name_and_keep_the_rest(model):
         post_hoc.prune(model, {3: ["wing"]})
 
 
+def test_a_head_fitted_anew_keeps_its_bank(model):
+    """And is what the rows it was given alone would have made."""
+    other = post_hoc.refit(model, HELD.x, HELD.labels, strength=0.01)
+    fresh = post_hoc.post_hoc(model.bank, HELD.x, HELD.labels, strength=0.01)
+    assert jnp.array_equal(other.weight, fresh.weight)
+    assert jnp.array_equal(other.directions, model.directions)
+    assert not jnp.array_equal(other.weight, model.weight)
+
+
 def test_an_intervention_sets_a_projection(model):
     truth = jnp.asarray(HELD.concepts, jnp.float32)
     out = model(HELD.x, truth, jnp.ones(truth.shape, bool))
