@@ -43,7 +43,7 @@ def test_an_autoencoder_follows_a_curve_that_pca_cannot(quick_jit):
 
     curved, straight = quick_jit(errors)(KEY, x)
     assert curved < 0.5 * straight
-    assert straight > 0.2 * jnp.square(x - x.mean(0)).sum(1).mean()
+    assert straight > 0.15 * jnp.square(x - x.mean(0)).sum(1).mean()
 
 
 def test_noise_reaches_units_that_are_0_and_follows_the_layer():
