@@ -5,6 +5,7 @@
     python scripts/benchmark.py --suite=quantize --codes=1024
     python scripts/benchmark.py --suite=exchange --megabits=100
     python scripts/benchmark.py --suite=outer --outer_megabits=100
+    python scripts/benchmark.py --suite=information --dims=1,2
 
 Prints how many times faster ours is, as a median over rounds with its quartiles.
 --record appends each line to `results/benchmark_<suite>.jsonl` as soon as it is
@@ -24,6 +25,7 @@ from narrows.scripts.benchmarks import (
     attention_forms,
     collapse,
     exchange,
+    information,
     outer,
     quantize,
     train,
@@ -35,6 +37,7 @@ SUITES = {
     "attention_forms": attention_forms,
     "collapse": collapse,
     "exchange": exchange,
+    "information": information,
     "outer": outer,
     "quantize": quantize,
     "train": train,
