@@ -7,10 +7,11 @@ information (the idea of Czyz et al. 2023, arXiv:2306.11078).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 from scipy.special import digamma, gammaln
@@ -19,7 +20,7 @@ Sample = tuple[Float[Array, "n d"], Float[Array, "n e"]]
 
 
 class Task(NamedTuple):
-    sample: Callable[[Array, int], Sample]  # of a key and n; float32
+    sample: Callable[[Array, int], Any]  # of a key and n: a Sample, float32
     information: float  # I(X; Y) in nats
 
 
@@ -132,6 +133,38 @@ def spiral(dim: int = 2, information: float = 1.0, *, speed: float = 1 / 3) -> T
     return mapped(gaussian(dim, information), turn)
 
 
+def mixture(dim: int = 1, *, correlation: float = 0.9) -> Task:
+    """Feature pairs of correlation r or -r, each half of the rows: a cross, no slope.
+
+    Margins are standard normal and no correlation is left. A feature's information is
+    the integral of p log p / (p_x p_y), taken to 1e-6 by the trapezoidal rule.
+    Raises: ValueError for dim < 1 or a correlation not in (0, 0.99].
+    """
+    _at_least(1, dim=dim)
+    if not 0 < correlation <= 0.99:
+        raise ValueError(f"correlation: {correlation}, but it must lie in (0, 0.99]")
+    rest = 1 - correlation**2
+    s = np.linspace(-12, 12, 1501)  # of half the sum and half the difference of x and y
+    a, b = s[:, None] / 2**0.5, s / 2**0.5
+    x, y = a + b, a - b
+    each = [
+        -(x**2 - 2 * r * x * y + y**2) / (2 * rest) - np.log(2 * np.pi * rest**0.5)
+        for r in (correlation, -correlation)
+    ]
+    log_p = np.logaddexp(*each) - np.log(2)
+    ratio = log_p + (x**2 + y**2) / 2 + np.log(2 * np.pi)
+    information = float((np.exp(log_p) * ratio).sum() * (s[1] - s[0]) ** 2)
+
+    def sample(key, n):
+        key_x, key_y, key_sign = jax.random.split(key, 3)
+        x = jax.random.normal(key_x, (n, dim))
+        sign = jax.random.rademacher(key_sign, (n, dim), jnp.float32)
+        noise = jax.random.normal(key_y, (n, dim))
+        return x, sign * correlation * x + rest**0.5 * noise
+
+    return Task(sample, dim * information)
+
+
 def additive_noise(dim: int = 1, *, noise: float = 0.5) -> Task:
     """x uniform on [0, 1], y = x + uniform on [-noise, noise], features independent.
 
@@ -184,12 +217,29 @@ def labels(dim: int = 1, *, classes: int = 4) -> Task:
     return Task(sample, math.log(classes))
 
 
+def conditional_gaussian(dim: int = 1, information: float = 1.0) -> Task:
+    """Triples (x, y, z): `gaussian` x and y, both plus z ~ N(0, I): I(X; Y | Z).
+
+    Raises as `gaussian`.
+    """
+    normal = gaussian(dim, information)
+
+    def sample(key, n):
+        key, key_z = jax.random.split(key)
+        x, y = normal.sample(key, n)
+        z = jax.random.normal(key_z, (n, dim))
+        return x + z, y + z, z
+
+    return Task(sample, information)
+
+
 TASKS: dict[str, Callable[..., Task]] = {
     "gaussian": gaussian,
     "student": student,
     "half_cube": half_cube,
     "uniform_margins": uniform_margins,
     "spiral": spiral,
+    "mixture": mixture,
     "additive_noise": additive_noise,
     "discrete_continuous": discrete_continuous,
     "labels": labels,

@@ -6,6 +6,7 @@
     python scripts/benchmark.py --suite=compressors
     python scripts/benchmark.py --suite=exchange --megabits=100
     python scripts/benchmark.py --suite=outer --outer_megabits=100
+    python scripts/benchmark.py --suite=information --dims=1,2
 
 Prints how many times faster ours is, as a median over rounds with its quartiles.
 --record appends each line to `results/benchmark_<suite>.jsonl` as soon as it is
@@ -26,6 +27,7 @@ from narrows.scripts.benchmarks import (
     collapse,
     compressors,
     exchange,
+    information,
     outer,
     quantize,
     train,
@@ -38,6 +40,7 @@ SUITES = {
     "collapse": collapse,
     "compressors": compressors,
     "exchange": exchange,
+    "information": information,
     "outer": outer,
     "quantize": quantize,
     "train": train,

@@ -143,6 +143,35 @@ def leave_one_out(log_q: Float[Array, "n n"]) -> Estimate:
     return _bound(_leave_one_out, log_q, UPPER)
 
 
+def vub(log_ratio: Float[Array, "n n"]) -> Estimate:
+    """mean_i log_ratio_ii in nats, log_ratio_ij = log q(y_j | x_i) - log r(y_j).
+
+    (Agakov's bound; Alemi et al. 2017, arXiv:1612.00410, eq. 14.) An upper bound where
+    q is the true conditional density, whatever the density r: by KL(p(y); r) above the
+    truth. With a fitted q it is none. Only the diagonal counts.
+    """
+    return _bound(lambda w, s: (w * jnp.diagonal(s)).sum() / w.sum(), log_ratio, UPPER)
+
+
+def mine_loss(
+    scores: Float[Array, "n n"], log_average: Float[Array, ""], *, keep: float = 0.99
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """MINE's loss with a moving average, and the logarithm of that average.
+
+        -mean s_ii + mean_{i != j} exp(s_ij) / average
+
+    (arXiv:1801.04062, eq. 12 and section 3.2.) The average of mean exp over batches,
+    without a gradient, stands in the denominator where a batch's own mean would make
+    the gradient of Donsker and Varadhan's logarithm biased.
+    """
+    n = scores.shape[0]
+    apart = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, scores)
+    now = logsumexp(apart) - jnp.log(jnp.asarray(n * (n - 1), scores.dtype))
+    latest = jnp.log1p(-keep) + jax.lax.stop_gradient(now)
+    log_average = jnp.logaddexp(jnp.log(keep) + log_average, latest)
+    return jnp.exp(now - log_average) - jnp.diagonal(scores).mean(), log_average
+
+
 def js_loss(scores: Float[Array, "n n"]) -> Float[Array, ""]:
     """Logistic loss of telling true pairs from others: the critic that SMILE trains.
 

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import digamma
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from scipy.special import gammaln
 
 from .estimate import Estimate, believed, estimate, pair, rows_of, spread
@@ -46,17 +46,30 @@ def neighbour_weights(d: int, k: int) -> np.ndarray:
     return weights
 
 
-def _terms(x: Float[Array, "n d"], k: int, block: int) -> Float[Array, "n"]:
-    """Each row's part of the entropy: weighted log volumes around it."""
-    n, d = x.shape
-    white, log_det = whitened(x)
-    radii = each_row(lambda i: nearest(to_others(i, white, "squares"), k), n, block)
-    weights = neighbour_weights(d, k)
+def _log_volumes(
+    log_radii: Float[Array, "n k"], d: int, weights: np.ndarray
+) -> Float[Array, " n"]:
+    """sum_j w_j (log V_d + d log r_j - psi(j)): minus the log density, less log n."""
     used = weights.nonzero()[0]  # a row equal to an unused neighbour does no harm
     log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
-    order = digamma(jnp.asarray(used + 1, x.dtype))
-    logs = log_ball + math.log(n - 1) + d / 2 * jnp.log(radii[:, used]) - order
-    return logs @ jnp.asarray(weights[used], x.dtype) + log_det / 2
+    dtype = log_radii.dtype
+    logs = log_ball + d * log_radii[:, used] - digamma(jnp.asarray(used + 1, dtype))
+    return logs @ jnp.asarray(weights[used], dtype)
+
+
+def _terms(
+    x: Float[Array, "n d"], ks: tuple[int, ...], block: int
+) -> list[Float[Array, " n"]]:
+    """Each row's part of the entropy: weighted log volumes around it, for every k."""
+    n, d = x.shape
+    white, log_det = whitened(x)
+    most = max(ks)
+    squares = each_row(
+        lambda i: nearest(to_others(i, white, "squares"), most), n, block
+    )
+    logs = jnp.log(squares) / 2
+    shift = math.log(n - 1) + log_det / 2
+    return [_log_volumes(logs, d, neighbour_weights(d, k)) + shift for k in ks]
 
 
 def kl_entropy(x: Float[Array, "n d"], *, k: int = 5, block: int = BLOCK) -> Estimate:
@@ -72,7 +85,7 @@ def kl_entropy(x: Float[Array, "n d"], *, k: int = 5, block: int = BLOCK) -> Est
     """
     x = rows_of("x", x)
     check_k(k, x.shape[0])
-    terms = _terms(x, k, block)
+    (terms,) = _terms(x, (k,), block)
     return estimate(terms.mean(), spread(terms))
 
 
@@ -95,10 +108,47 @@ def kl_information(
             f"least {2 * ((x.shape[1] + y.shape[1]) // 4 + 1)}"
         )
     parts = x, y, jnp.concatenate([x, y], 1)
+    found = [_terms(a, (k, k // 2), block) for a in parts]
+    terms, other = (hx + hy - hxy for hx, hy, hxy in zip(*found, strict=True))
+    value, error, stable = believed(terms, other)
+    return estimate(value, error, converged=stable)
+
+
+def kl_label_information(
+    x: Float[Array, "n d"], labels: Int[Array, " n"], *, k: int = 8, block: int = BLOCK
+) -> Estimate:
+    """H(X) - sum_y p(y) H(X | Y = y) in nats for labels; may be negative.
+
+    (arXiv:2305.08013, section 3.) Neighbours within a row's label stand against those
+    among all; one whitening serves both, so that its log-determinant drops out.
+    Converged as `kl_information`, and where each label has more than k rows.
+
+    Raises: ValueError for what `rows_of` refuses, labels not [n], k >= n, or k // 2 too
+    few neighbours for d features.
+    """
+    x = rows_of("x", x)
+    n, d = x.shape
+    check_k(k, n)
+    if labels.shape != (n,):
+        raise ValueError(f"labels: shape {labels.shape}, but x has {n} rows")
+    white, _ = whitened(x)
+
+    def radii(i):
+        squares = to_others(i, white, "squares")
+        same = labels == labels[i]
+        within = nearest(jnp.where(same, squares, jnp.inf), k)
+        return nearest(squares, k), within, same.sum()
+
+    whole, within, rows = each_row(radii, n, block)
+    ratio = jnp.log(rows.astype(x.dtype) - 1) - math.log(n - 1)
 
     def terms(k):
-        hx, hy, hxy = (_terms(a, k, block) for a in parts)
-        return hx + hy - hxy
+        weights = neighbour_weights(d, k)
+        all_rows, own = (
+            _log_volumes(jnp.log(squares) / 2, d, weights)
+            for squares in (whole, within)
+        )
+        return all_rows - own - ratio
 
     value, error, stable = believed(terms(k), terms(k // 2))
-    return estimate(value, error, converged=stable)
+    return estimate(value, error, converged=stable & (rows > k).all())

@@ -1,7 +1,8 @@
 """The table of estimators of I(X; Y) from pairs of rows, with what each promises.
 
 A new estimator is one file beside this one and one line here. `kde_lower` and
-`kde_upper` take a code and its noise, `critics` take scores: they have no line.
+`kde_upper` take a code and its noise, `critics` take scores, `conditional` a third
+variable: they have no line.
 """
 
 from collections.abc import Callable
@@ -61,11 +62,14 @@ ESTIMATORS: dict[str, Row] = {
     ),
     "sliced": Row(sliced, LOWER, "one-dimensional laws smooth", shannon=False),
     "dv": Row(_fit("dv"), LOWER, "exp(I) well below rows held out"),
+    "mine": Row(_fit("mine"), LOWER, "as dv"),
     "nwj": Row(_fit("nwj"), LOWER, "none, on average"),
     "infonce": Row(_fit("infonce"), LOWER, "none, on average"),
+    "flo": Row(_fit("flo"), LOWER, "none, on average"),
     "smile": Row(_fit("smile"), NEITHER, "scores rarely clipped"),
     "club": Row(_fit("club"), NEITHER, "q fits; an upper bound for the true q"),
     "leave_one_out": Row(_fit("leave_one_out"), NEITHER, "as club"),
+    "vub": Row(_fit("vub"), NEITHER, "as club"),
 }
 
 

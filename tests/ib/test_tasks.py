@@ -67,6 +67,23 @@ def test_turning_keeps_lengths():
         assert not jnp.allclose(a, b, atol=0.1)
 
 
+def test_mixture_holds_the_mean_log_ratio_of_its_density():
+    task = tasks.mixture(1, correlation=0.8)
+    x, y = (np.asarray(a, np.float64) for a in task.sample(jax.random.key(3), 20_000))
+    laws = [
+        np.exp(-(x**2 - 2 * r * x * y + y**2) / (2 * 0.36)) / (2 * math.pi * 0.6)
+        for r in (0.8, -0.8)
+    ]
+    margins = np.exp(-(x**2 + y**2) / 2) / (2 * math.pi)
+    ratio = np.log(np.mean(laws, 0) / margins)
+    error = ratio.std() / math.sqrt(len(ratio))
+    assert abs(ratio.mean() - task.information) < 4 * error
+    assert abs(np.corrcoef(x[:, 0], y[:, 0])[0, 1]) < 0.03
+    assert tasks.mixture(3, correlation=0.8).information == pytest.approx(
+        3 * task.information
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [

@@ -76,6 +76,7 @@ def test_bounds_equal_their_formulas_in_double_precision():
         "smile": diagonal.mean() - np.log(np.exp(np.clip(apart, -1, 1)).mean()),
         "club": diagonal.mean() - apart.mean(),
         "leave_one_out": (diagonal - np.log(others)).mean(),
+        "vub": diagonal.mean(),
     }
     for name, value in wanted.items():
         bound = getattr(critics, name)
@@ -94,6 +95,63 @@ def test_a_fitted_critic_stays_below_and_comes_near(quick_jit):
     assert (found.direction == -1).all()
     hasty = quick_jit(partial(run, rounds=1))(keys[0], x[0], y[0])
     assert not hasty.converged  # it was still improving
+
+
+def test_vub_is_above_by_the_divergence_of_the_margins(ratios):
+    """With r of variance 4 instead of 1: KL(p; r) = (log 4 + 1/4 - 1) / 2."""
+    wide = ratios[1] / 4 - math.log(4) / 2  # log N(y; 0, 4)
+    wide += (1 / 4 - 1) * math.log(2 * math.pi) / 2
+    found = jax.vmap(critics.vub)(ratios[0] + ratios[1] - wide)
+    gap = (math.log(4) + 1 / 4 - 1) / 2
+    error = found.value.std() / math.sqrt(SEEDS)
+    assert abs(found.value.mean() - INFORMATION - gap) < 4 * error
+    assert (found.direction == 1).all()
+
+
+def test_mine_averages_the_denominator():
+    """Its gradient is that of mean exp over the average, the average a constant."""
+    s = jax.random.normal(jax.random.key(4), (6, 6))
+    log_average = jnp.asarray(0.3)
+    slope, new = jax.grad(critics.mine_loss, has_aux=True)(s, log_average)
+    apart = ~np.eye(6, dtype=bool)
+    now = np.exp(np.asarray(s))[apart].mean()
+    average = 0.99 * math.exp(0.3) + 0.01 * now
+    assert float(new) == pytest.approx(math.log(average), abs=1e-6)
+    wanted = np.where(apart, np.exp(s) / 30 / average, -1 / 6)
+    assert np.allclose(slope, wanted, atol=1e-6)
+
+
+def test_flo_is_nwj_of_scores_that_normalise_themselves():
+    """With the best u it is what InfoNCE is, and any other u gives less."""
+    s = np.random.default_rng(1).normal(size=(40, 40))
+    apart = np.where(np.eye(40), -np.inf, s - np.diag(s)[:, None])
+    u = np.log(np.exp(apart).sum(1) / 39)
+    values = [
+        float(critics.nwj(s - (np.diag(s) + v)[:, None]).value)
+        for v in (u, u + 0.3, u - 0.3)
+    ]
+    assert values[0] == pytest.approx(-u.mean(), abs=1e-5)
+    assert values[0] > max(values[1:])
+
+
+@pytest.mark.parametrize("bound", ["mine", "flo"])
+def test_new_critics_learn(bound, quick_jit):
+    x, y = tasks.gaussian(1, 1.0).sample(jax.random.key(5), 1200)
+    run = partial(fitted, bound=bound, width=32, batch=64, rounds=40, patience=5)
+    found = quick_jit(run)(jax.random.key(0), x, y)
+    assert 0.6 < found.value < 1.0 + 3 * found.standard_error
+
+
+def test_a_critic_that_more_rows_would_teach_says_so(quick_jit):
+    """Five features a side at 600 rows: far too low, and flagged, where one is not."""
+    run = quick_jit(partial(fitted, bound="nwj", width=32, batch=64, rounds=40))
+    flags = []
+    for seed in range(3):
+        x, y = tasks.gaussian(5, 2.0).sample(jax.random.key(seed), 600)
+        found = run(jax.random.key(seed), x, y)
+        assert found.value < 2.0 - 0.3
+        flags.append(bool(found.converged))
+    assert sum(flags) <= 1
 
 
 def test_a_fitted_conditional_is_no_bound(quick_jit):
