@@ -9,8 +9,8 @@ more than counts and norms of parameters do.
 
     python scripts/reproduce.py --system=ib_bounds
 
-Expected: a Spearman correlation with the gap of 0.74, over some 110 networks a seed
-that fit; norms 0.7, the training margin 0.83, the parameter count none.
+Expected: a Spearman correlation with the gap near 0.74, norms 0.7, the training margin
+0.83, the parameter count none, as over half as many networks a seed before.
 The toy study: five Gaussian blobs in the plane, 50 training points, stochastic encoders
 of five numbers, all of weight decay, width, constraint on information, two starts and
 three draws of the data; the parameters' information I(encoder; S) from posteriors of
