@@ -42,7 +42,8 @@ def given_label(joint: Float[np.ndarray, "z y"]) -> float:
             f"joint: shape {joint.shape}, sum {joint.sum():g}, least {joint.min():g}, "
             "but it must be the law p(z, y) of codes and labels"
         )
-    return float((joint * _surprise(joint))[joint > 0].sum())
+    cells = joint > 0
+    return float((joint[cells] * _surprise(joint)[cells]).sum())
 
 
 def code_bound(
