@@ -121,7 +121,7 @@ def huber(d: Dials) -> Objective:
     """Squares of errors up to d.first, then straight lines."""
 
     def prediction(s: Sample):
-        return optax.huber_loss(s.predicted, s.y, d.first).mean() / d.first
+        return optax.huber_loss(s.predicted, s.y, delta=d.first).mean() / d.first
 
     return Objective(prediction, no_code, "")
 
