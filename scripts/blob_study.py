@@ -236,7 +236,7 @@ def trained(
     decay, rate = (np.array([g[i] for g in grid], np.float32) for i in (1, 2))
     group = [i // DRAWS for i in range(len(grid))]
     begun = [
-        start(1000 * seed + i, g[0], max(room))
+        start(1000 * seed + i, g[0], max(widths))
         for i, g in zip(group, grid, strict=True)
     ]
     data = stacked([blobs(seed, g[5], g[4]) for g in grid])
