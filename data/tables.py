@@ -1,4 +1,4 @@
-"""Regression sets: real tables read from a folder, and one with a known answer.
+"""Regression sets: real tables read from a folder, and some that need no file.
 
 >>> table = load_table(folder, "california_housing")  # doctest: +SKIP
 >>> parts = split(table, seed=0)                      # doctest: +SKIP
@@ -14,6 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
+from sklearn import datasets
+
+from .faces import load_faces
+from .rotated import rotated_digits
 
 WINDS = ("NE", "NW", "SE", "cv")
 
@@ -105,6 +109,52 @@ def load_table(folder: str | pathlib.Path, name: str) -> Table:
     return TABLES[name](pathlib.Path(folder) / name)
 
 
+TAILS = ("none", "outliers", "student")
+
+
+def _digits(folder: str | pathlib.Path, seed: int) -> Table:
+    return Table(*rotated_digits(folder, seed=seed))
+
+
+def _faces(folder: str | pathlib.Path, seed: int) -> Table:
+    del seed
+    return Table(*load_faces(folder))
+
+
+def _diabetes(folder: str | pathlib.Path, seed: int) -> Table:
+    del folder, seed
+    x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
+    return Table(x, y)
+
+
+def _friedman(tail: str):
+    return lambda folder, seed: friedman(4000, seed=seed, tail=tail)
+
+
+DRAWN: dict[str, Callable[[str | pathlib.Path, int], Table]] = {
+    "rotated_mnist": _digits,
+    "utkface": _faces,
+    "diabetes": _diabetes,
+    **{f"friedman_{tail}": _friedman(tail) for tail in TAILS},
+}
+
+
+def named_table(folder: str | pathlib.Path, name: str, *, seed: int = 0) -> Table:
+    """One of TABLES, or of what is drawn by a seed or comes with scikit-learn.
+
+    rotated_mnist: 10,000 digits at 14 x 14 pixels, y their angle in degrees. utkface:
+    age by 32 x 32 pixels of a face. diabetes: scikit-learn's 442 patients.
+    friedman_<tail>: 4,000 rows of `friedman`.
+    Raises: ValueError for an unknown name, FileNotFoundError for a missing file.
+    """
+    if name in DRAWN:
+        return DRAWN[name](folder, seed)
+    if name not in TABLES:
+        allowed = ", ".join((*TABLES, *DRAWN))
+        raise ValueError(f"table: {name!r}, but allowed are {allowed}")
+    return load_table(folder, name)
+
+
 def split(
     table: Table, *, seed: int, rows: int | None = None, official: bool = False
 ) -> Split:
@@ -140,9 +190,6 @@ def split(
         return Part(x.astype(np.float32), y[:, None].astype(np.float32))
 
     return Split(part(train), part(valid), part(test), float(unit))
-
-
-TAILS = ("none", "outliers", "student")
 
 
 def friedman(n: int, *, seed: int, tail: str = "none", clean: bool = False) -> Table:

@@ -9,6 +9,8 @@ width / sqrt 2. All sums are taken in the log domain and by blocks of rows
 (`kernels.by_rows`); samples are float32 or wider inside, narrower ones are cast.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
@@ -62,6 +64,7 @@ def conditional_cs(
     *,
     width_x: Width = 1.0,
     width_y: Width = 1.0,
+    over: Literal["space", "inputs"] = "space",
     block: int = BLOCK,
 ) -> Float[Array, ""]:
     """D_CS(p(y|x); q(predicted|x)) in nats: the prediction term (Prop. 1).
@@ -72,8 +75,16 @@ def conditional_cs(
     K of x, L1 of y, L2 of predicted, L21_ji = kappa(predicted_j, y_i). A rule of
     width_y is applied to y. A narrow width_x leaves -2 log mean kappa(predicted_j,
     y_j); a wide one is blind to which prediction belongs to which x.
-    Raises: ValueError for samples that are not [n, d], or of different lengths.
+
+    over: what the integrals over x run over. "space" is the paper's: every place of
+        the input space counts alike, so a row weighs the inverse of the density there,
+        and rows far from the others outweigh all. "inputs" integrates over p(x) dx,
+        with sum_i K_ji in place of its square: every row counts about alike.
+    Raises: ValueError for samples that are not [n, d], or of different lengths, or
+    another `over`.
     """
+    if over not in ("space", "inputs"):
+        raise ValueError(f"over: {over!r}, but allowed are 'space' and 'inputs'")
     x, y = rows_of("x", x), rows_of("y", y)
     predicted = rows_of("predicted", predicted)
     same_rows(x=x, y=y, predicted=predicted)
@@ -81,7 +92,7 @@ def conditional_cs(
 
     def row(a, b, c):
         k = log_gaussian(a, x, wide_x)
-        norm = 2 * logsumexp(k, axis=1)
+        norm = (2 if over == "space" else 1) * logsumexp(k, axis=1)
         pairs = ((b, y), (c, predicted), (c, y))
         sums = [logsumexp(k + log_gaussian(u, v, wide_y), axis=1) for u, v in pairs]
         return jnp.stack(sums, -1) - norm[:, None]

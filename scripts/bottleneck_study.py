@@ -1,12 +1,14 @@
 """Training of small regressors under information-bottleneck objectives, many at once.
 
 An encoder of two hidden layers gives a code, a decoder of one reads it. A whole run is
-one `lax.scan`; runs of one objective differ in data, beta and seed alone, so they are
+one `lax.scan`; runs of one method differ in data, seed and what is tuned (weight of the
+penalty, learning rate, widths of kernels), which are numbers, so that a whole search is
 one program: `train` maps it over all of them. The epoch with the least squared error on
 the validation part is kept. Studies of several papers share this.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +23,33 @@ from narrows.ib.objectives.protocol import Objective, Sample, draw, loss_of
 
 Params = dict[str, Any]
 Arrays = Array | np.ndarray
+LEAST_SCALE = 1e-3  # of a code's noise
 MEASURED = 512  # training rows on which information is measured
 
 
-class Shape(NamedTuple):
+class Network(NamedTuple):
     width: int  # of hidden layers
     code: int
+
+
+class Shape(NamedTuple):
+    network: Network
     batch: int
     epochs: int
-    learning_rate: float
     together: int = 5  # runs that share one matrix product; results do not depend on it
+    absolute: bool = False  # validate by absolute error, where labels have long tails
+
+
+class Dials(NamedTuple):
+    """What may be tuned of a run, numbers or arrays of runs; `Method` says what of."""
+
+    beta: Any
+    learning_rate: Any
+    first: Any = 1.0  # a width of kernels, or whatever else the method has
+    second: Any = 1.0
+
+
+Method = Callable[[Dials], Objective]  # what noise it needs may not depend on dials
 
 
 class Task(NamedTuple):
@@ -48,7 +67,7 @@ class Run(NamedTuple):
     """What is kept of one run; leading axis: runs."""
 
     params: Params  # of the best epoch
-    valid_mse: Float[Array, " r"]  # of standardised labels
+    valid: Float[Array, " r"]  # squared or absolute error, of standardised labels
     test_mse: Float[Array, " r"]
     train_mse: Float[Array, " r"]
     compression: Float[Array, " r"]  # the objective's own, on training rows, its unit
@@ -77,41 +96,50 @@ def task_of(split: Split, features: int, test_rows: int) -> Task:
     )
 
 
-def _layers(key, sizes) -> list[tuple[Array, Array]]:
-    """He initialisation; zero biases."""
+def stacked(tasks: Sequence[Task]) -> Task:
+    """Tasks of one size as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+
+
+def _layers(key, sizes) -> dict[str, tuple[Array, Array]]:
+    """He initialisation; zero biases. Layers by number, the last is "out"."""
     keys = jax.random.split(key, len(sizes) - 1)
-    return [
-        (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
-        for k, i, o in zip(keys, sizes, sizes[1:], strict=False)
-    ]
+    names = (*map(str, range(len(sizes) - 2)), "out")
+    return {
+        name: (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
+        for name, k, i, o in zip(names, keys, sizes, sizes[1:], strict=False)
+    }
 
 
 def _mlp(layers, x):
-    for w, b in layers[:-1]:
+    for number in range(len(layers) - 1):
+        w, b = layers[str(number)]
         x = jax.nn.relu(x @ w + b)
-    w, b = layers[-1]
+    w, b = layers["out"]
     return x @ w + b
 
 
-def init(key, features: int, shape: Shape, objective: Objective) -> Params:
+def init(key, features: int, network: Network, objective: Objective) -> Params:
     keys = jax.random.split(key, 3)
-    codes = shape.code * (2 if objective.noise == "own" else 1)
-    encoder = _layers(keys[0], (features, shape.width, shape.width, codes))
+    width, code = network
+    codes = code * (2 if objective.noise == "own" else 1)
+    encoder = _layers(keys[0], (features, width, width, codes))
     # Codes start at the size of the noise: a mixture bound far above it has no slope.
-    encoder[-1] = jax.tree.map(lambda a: a * shape.code**-0.5, encoder[-1])
+    encoder["out"] = jax.tree.map(lambda a: a * code**-0.5, encoder["out"])
     params: Params = {
         "encoder": encoder,
-        "decoder": _layers(keys[1], (shape.code, shape.width, 1)),
+        "decoder": _layers(keys[1], (code, width, 1)),
         "noise": jnp.full((), 0.5413),  # softplus: a scale of 1
     }
     if objective.backward:
-        params["backward"] = _layers(keys[2], (1, shape.width, 2 * shape.code))
+        params["backward"] = _layers(keys[2], (1, width, 2 * code))
     return params
 
 
 def _law(raw, noise):
+    """Mean and scale; an input far from all others would bring the scale to 0."""
     mean, scale = jnp.split(raw, 2, -1)
-    return mean, jax.nn.softplus(scale + noise)
+    return mean, jnp.maximum(jax.nn.softplus(scale + noise), LEAST_SCALE)
 
 
 def encode(params: Params, x, objective: Objective):
@@ -138,12 +166,13 @@ def sample(params: Params, x, y, key, objective: Objective) -> Sample:
     return Sample(x, y, _mlp(params["decoder"], seen), code, mean, scale, backward)
 
 
-def _run(task: Task, beta, seed, *, shape: Shape, objective: Objective) -> Run:
+def _run(task: Task, dials: Dials, seed, *, shape: Shape, method: Method) -> Run:
+    objective = method(dials)
     rows, features = task.x.shape
     steps = rows // shape.batch
-    tx = optax.adam(shape.learning_rate)
+    tx = optax.adam(dials.learning_rate)
     key = jax.random.key(seed)
-    params = init(key, features, shape, objective)
+    params = init(key, features, shape.network, objective)
 
     def mse(params, x, y):
         return jnp.mean(jnp.square(predict(params, x, objective) - y))
@@ -154,25 +183,26 @@ def _run(task: Task, beta, seed, *, shape: Shape, objective: Objective) -> Run:
 
         def loss(params):
             batch = sample(params, task.x[index], task.y[index], key, objective)
-            return loss_of(objective, batch, beta).loss
+            return loss_of(objective, batch, dials.beta).loss
 
         updates, state = tx.update(jax.grad(loss)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
     def epoch(carry, inputs):
-        params, state, best, best_mse, best_epoch = carry
+        params, state, best, best_error, best_epoch = carry
         number, key = inputs
         one, two = jax.random.split(key)
         index = jax.random.permutation(one, rows)[: steps * shape.batch]
         index = index.reshape(steps, shape.batch)
         keys = jax.random.split(two, steps)
         (params, state), _ = jax.lax.scan(step, (params, state), (index, keys))
-        valid = mse(params, task.valid_x, task.valid_y)
-        better = valid < best_mse  # never for a NaN
+        error = predict(params, task.valid_x, objective) - task.valid_y
+        valid = jnp.mean(jnp.abs(error) if shape.absolute else jnp.square(error))
+        better = valid < best_error  # never for a NaN
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), params, best)
-        best_mse = jnp.where(better, valid, best_mse)
+        best_error = jnp.where(better, valid, best_error)
         best_epoch = jnp.where(better, number, best_epoch)
-        return (params, state, best, best_mse, best_epoch), None
+        return (params, state, best, best_error, best_epoch), None
 
     keys = jax.random.split(jax.random.fold_in(key, 1), shape.epochs)
     none = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
@@ -184,7 +214,7 @@ def _run(task: Task, beta, seed, *, shape: Shape, objective: Objective) -> Run:
     seen = sample(best, x, y, jax.random.fold_in(key, 2), objective)
     return Run(
         params=best,
-        valid_mse=end[3],
+        valid=end[3],
         test_mse=mse(best, task.test_x, task.test_y),
         train_mse=mse(best, task.x, task.y),
         compression=objective.compression(seen),
@@ -193,19 +223,19 @@ def _run(task: Task, beta, seed, *, shape: Shape, objective: Objective) -> Run:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "objective"))
-def train(tasks: Task, which, betas, seeds, *, shape: Shape, objective: Objective):
-    """Run i on tasks[which[i]] with betas[i] and seeds[i]: a `Run` with a leading axis.
+@functools.partial(jax.jit, static_argnames=("shape", "method"))
+def train(tasks: Task, which, dials: Dials, seeds, *, shape: Shape, method: Method):
+    """Run i on tasks[which[i]] with dials[i] and seeds[i]: a `Run` with a leading axis.
 
-    Leaves of tasks have a leading axis, too: the tasks.
+    Leaves of tasks and of dials have a leading axis, too: of tasks, of runs.
     """
 
     def one(inputs):
-        index, beta, seed = inputs
+        index, dials, seed = inputs
         task = jax.tree.map(lambda leaf: leaf[index], tasks)
-        return _run(task, beta, seed, shape=shape, objective=objective)
+        return _run(task, dials, seed, shape=shape, method=method)
 
-    return jax.lax.map(one, (which, betas, seeds), batch_size=shape.together)
+    return jax.lax.map(one, (which, dials, seeds), batch_size=shape.together)
 
 
 def attack(

@@ -10,6 +10,7 @@ as `squares_with_cs`, by what it does.
 """
 
 import math
+from typing import Literal
 
 from ..divergences import conditional_cs, cs_qmi, normalized_cs_qmi
 from ..kernels import Width, spread
@@ -22,17 +23,21 @@ def cs_ib(
     width_y: Width = 1.0,
     width_t: Width | None = None,
     normalized: bool = True,
+    over: Literal["space", "inputs"] = "space",
 ) -> Objective:
     """The paper's loss on standardised inputs and labels.
 
     width_t: of codes; None is their `spread`, for codes have no scale of their own.
     normalized: weigh I(x;t) / sqrt(I(x;x) I(t;t)) as the trainer does, not I(x;t).
+    over: "space" as in the paper, "inputs" to let all rows count alike: see
+        `divergences.conditional_cs`.
     """
     of_t = spread() if width_t is None else width_t
     measure = normalized_cs_qmi if normalized else cs_qmi
 
     def prediction(s: Sample):
-        return conditional_cs(s.x, s.y, s.predicted, width_x=width_x, width_y=width_y)
+        widths = {"width_x": width_x, "width_y": width_y}
+        return conditional_cs(s.x, s.y, s.predicted, over=over, **widths)
 
     def compression(s: Sample):
         return measure(s.x, s.code, width_x=width_x, width_t=of_t, mask=s.mask)

@@ -29,7 +29,7 @@ def square_nib() -> Objective:
 
 
 def exp_nib(*, eta: float = 1.0) -> Objective:
-    """Raises: ValueError for an eta not above 0."""
-    if eta <= 0:
+    """Raises: ValueError for a number eta not above 0; a traced one is not checked."""
+    if isinstance(eta, int | float) and eta <= 0:
         raise ValueError(f"eta: {eta}, but it must be above 0")
     return nib()._replace(penalty=lambda s: jnp.exp(eta * _compression(s)))

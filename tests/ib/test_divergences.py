@@ -235,6 +235,30 @@ def test_a_narrow_width_of_x_leaves_correntropy():
     np.testing.assert_allclose(found, square, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("over", "power"), [("space", 2), ("inputs", 1)])
+def test_over_what_a_row_far_from_the_others_weighs_its_inverse_density(over, power):
+    """By the definition; then one row apart beside seven that share their input."""
+    k, cross = gram(X, X, 2.0), gram(P, Y)
+    sums = [
+        ((k * kernel).sum(1) / k.sum(1) ** power).sum()
+        for kernel in (gram(Y, Y), gram(P, P), cross)
+    ]
+    exact = np.log(sums[0]) + np.log(sums[1]) - 2 * np.log(sums[2])
+    found = conditional_cs(*single((X, Y, P)), width_x=2.0, over=over)
+    np.testing.assert_allclose(found, exact, rtol=2e-5)
+
+    x = jnp.zeros((8, 1)).at[7].set(100.0)
+    y, p = jnp.zeros((8, 1)), jnp.full((8, 1), 0.5)
+    slope = jax.grad(lambda p: conditional_cs(x, y, p, over=over))(p)[:, 0]
+    expected = 7 if over == "space" else 1
+    np.testing.assert_allclose(slope[7] / slope[0], expected, rtol=1e-4)
+
+
+def test_an_integral_over_something_else_is_refused():
+    with pytest.raises(ValueError, match="over: 'labels', but allowed are 'space'"):
+        conditional_cs(*single((X, Y, P)), over="labels")
+
+
 def test_what_lies_far_apart_stays_finite_and_pulls():
     """exp(-distance^2 / 2) is 0 in float32 here; its logarithm and slope are not."""
     y, p = single((Y, Y + 1e3))

@@ -5,22 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from narrows.data.tables import friedman, split
+from narrows.ib.objectives.protocol import loss_of
 from narrows.ib.objectives.table import make_objective
+from narrows.scripts import blob_study
 from narrows.scripts.bottleneck_study import (
+    Dials,
+    Network,
     Shape,
     attack,
     attacked_mse,
+    init,
     predict,
+    sample,
     task_of,
     train,
 )
-from narrows.scripts.reproductions import ib_bounds
-from narrows.scripts.reproductions.cs_ib import at_half
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SHAPE = Shape(width=8, code=3, batch=16, epochs=6, learning_rate=1e-2, together=4)
+SHAPE = Shape(Network(width=8, code=3), batch=16, epochs=6, together=4)
 BETAS = (0.0, 0.1, 10.0, 0.1)
 VIB = make_objective("vib")
+
+
+def vib(dials):
+    return VIB
+
+
+def dials_of(betas, rates=1e-2):
+    ones = jnp.ones(len(betas))
+    return Dials(jnp.array(betas), rates * ones, ones, ones)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +46,15 @@ def tasks():
 @pytest.fixture(scope="module")
 def runs(tasks):
     which, seeds = jnp.array([0, 0, 1, 1]), jnp.array([3, 3, 4, 3])
-    return train(tasks, which, jnp.array(BETAS), seeds, shape=SHAPE, objective=VIB)
+    return train(tasks, which, dials_of(BETAS), seeds, shape=SHAPE, method=vib)
 
 
 def test_a_run_does_not_depend_on_what_runs_beside_it(tasks, runs):
     """The last run, among others on another task, with other betas and seeds."""
     which, seeds = jnp.array([1, 1, 0, 1]), jnp.array([7, 8, 9, 3])
-    betas = jnp.array((1.0, 0.5, 0.0, BETAS[3]))
-    again = train(tasks, which, betas, seeds, shape=SHAPE, objective=VIB)
+    rates = jnp.array([1e-3, 1e-1, 1e-2, 1e-2])
+    dials = dials_of((1.0, 0.5, 0.0, BETAS[3]), rates)
+    again = train(tasks, which, dials, seeds, shape=SHAPE, method=vib)
     for a, b in zip(*map(jax.tree.leaves, (again, runs)), strict=True):
         np.testing.assert_allclose(a[3], b[3], rtol=1e-5, atol=1e-6)
     assert not np.allclose(runs.test_mse[0], runs.test_mse[1])
@@ -50,7 +64,7 @@ def test_a_run_does_not_depend_on_what_runs_beside_it(tasks, runs):
 def test_what_is_kept_is_the_epoch_that_validates_best(tasks, runs):
     params = jax.tree.map(lambda a: a[1], runs.params)
     for x, y, said in (
-        (tasks.valid_x[0], tasks.valid_y[0], runs.valid_mse[1]),
+        (tasks.valid_x[0], tasks.valid_y[0], runs.valid[1]),
         (tasks.test_x[0], tasks.test_y[0], runs.test_mse[1]),
     ):
         error = jnp.mean(jnp.square(predict(params, x, VIB) - y))
@@ -78,10 +92,18 @@ def test_an_attack_keeps_to_its_radius_and_leaves_padding_alone(tasks, runs, ste
     np.testing.assert_allclose(said, [before, after], rtol=1e-4)
 
 
-def test_half_of_the_information_is_read_along_the_betas():
-    information, rmse = np.array([8.0, 6, 2, 0]), np.array([1.0, 1.2, 2.0, 3.0])
-    assert at_half(information, rmse) == pytest.approx(1.6)  # r = 0.25 and 0.75
-    assert at_half(np.array([8.0, 7]), rmse[:2]) == 1.2  # half is never reached
+def test_an_input_far_from_all_others_leaves_a_loss_finite(tasks, quick_jit):
+    """A thousand deviations away softplus is 0 in float32, and its logarithm -inf."""
+    params = init(jax.random.key(0), 12, SHAPE.network, VIB)
+    x = jnp.asarray(tasks.x[0]).at[0].set(1e5)
+
+    def loss(params, beta):
+        seen = sample(params, x, tasks.y[0], jax.random.key(1), VIB)
+        return loss_of(VIB, seen, beta).loss
+
+    value, slope = quick_jit(jax.value_and_grad(loss))(params, 0.0)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(slope))
 
 
 def test_a_split_of_more_features_is_refused():
@@ -91,12 +113,12 @@ def test_a_split_of_more_features_is_refused():
 
 def test_networks_of_all_widths_are_one_program(quick_jit):
     """Padding learns nothing, and a padded network is the narrow one."""
-    narrow, wide = ib_bounds.start(0, 4, 4), ib_bounds.start(0, 4, 8)
-    assert ib_bounds.parameters(4) == sum(a.size for a in jax.tree.leaves(narrow))
+    narrow, wide = blob_study.start(0, 4, 4), blob_study.start(0, 4, 8)
+    assert blob_study.parameters(4) == sum(a.size for a in jax.tree.leaves(narrow))
     x, key, y = jnp.ones((3, 2)), jax.random.key(0), jnp.arange(3)
 
     def loss(params):
-        return ib_bounds.cross_entropy(ib_bounds.logits_of(params, x, key)[0], y)
+        return blob_study.cross_entropy(blob_study.logits_of(params, x, key)[0], y)
 
     value, slope = quick_jit(jax.value_and_grad(loss))(wide)
     np.testing.assert_allclose(quick_jit(loss)(narrow), value, rtol=1e-6)
