@@ -87,7 +87,7 @@ def test_bounds_equal_their_formulas_in_double_precision():
 def test_a_fitted_critic_stays_below_and_comes_near(quick_jit):
     """Rows that chose nothing judge it: at most 3 errors above, 2 seeds by vmap."""
     keys = jax.random.split(jax.random.key(1), 2)
-    x, y = jax.vmap(lambda k: tasks.gaussian(1, 1.0).sample(k, 800))(keys)
+    x, y = jax.vmap(lambda k: tasks.gaussian(1, 1.0).sample(k, 2400))(keys)
     run = partial(fitted, bound="nwj", width=32, batch=64, rounds=30, patience=4)
     found = quick_jit(jax.vmap(run))(keys, x, y)
     assert (found.value < 1.0 + 3 * found.standard_error).all()
@@ -136,8 +136,8 @@ def test_flo_is_nwj_of_scores_that_normalise_themselves():
 
 @pytest.mark.parametrize("bound", ["mine", "flo"])
 def test_new_critics_learn(bound, quick_jit):
-    x, y = tasks.gaussian(1, 1.0).sample(jax.random.key(5), 1200)
-    run = partial(fitted, bound=bound, width=32, batch=64, rounds=40, patience=5)
+    x, y = tasks.gaussian(1, 1.0).sample(jax.random.key(5), 2400)
+    run = partial(fitted, bound=bound, width=32, batch=64, rounds=40, patience=8)
     found = quick_jit(run)(jax.random.key(0), x, y)
     assert 0.6 < found.value < 1.0 + 3 * found.standard_error
 
