@@ -10,6 +10,7 @@ Compile time follows the program, not the chips: a scanned trunk is one layer.
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -70,7 +71,7 @@ def compile_step(
     what the compiler says.
     """
     check_state(state, memory)
-    options = {"exec_time_optimization_effort": -1.0} if quick else None
+    options: Any = {"exec_time_optimization_effort": -1.0} if quick else None
     try:
         compiled = program.lower(state, batch).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

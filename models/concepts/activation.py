@@ -30,7 +30,7 @@ class Bank(NamedTuple):
     levels: Float[Array, "2 k"] | None  # mean projection without, with the concept
 
 
-def project(bank: Bank, x: Float[Array, "*b d"]) -> Float[Array, "*b k"]:
+def project(bank: Bank, x: Float[Array | np.ndarray, "*b d"]) -> Float[Array, "*b k"]:
     """Signed distances to the concepts' hyperplanes, float32."""
     lengths = jnp.linalg.norm(bank.directions, axis=-1)
     x = jnp.asarray(x, jnp.float32)

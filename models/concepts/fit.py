@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -18,7 +19,7 @@ Losses = Callable[[M, Array, Labels, Array], Mapping[str, Array]]
 def fit(
     model: M,
     losses: Losses,
-    x: Float[Array, "n d"],
+    x: Float[Array | np.ndarray, "n d"],
     labels: Labels,
     *,
     key: Key[Array, ""],

@@ -90,7 +90,9 @@ def test_1f1b_keeps_a_stages_inputs_and_the_loop_all(quick_compilation):
             (2 * microbatches, LENGTH), np.int32, sharding=batch_sharding(mesh)
         )
         lowered = step.gradients.lower(state, {"tokens": rows, "targets": rows})
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     grown = {
         name: (temporary(name, 32) - temporary(name, 8)) / (24 * size)

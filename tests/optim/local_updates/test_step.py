@@ -1,6 +1,7 @@
 """The step of local updates: what its programs send, and what they leave behind."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from narrows.models.language_model import model_parts
 from narrows.models.transformer import TransformerConfig
+from narrows.optim.compressed_mean import CompressedMean
 from narrows.optim.local_updates.outer import make_outer
 from narrows.optim.local_updates.rounds import local_updates
 from narrows.optim.local_updates.step import make_local_step
@@ -76,20 +78,15 @@ def test_rounds_of_one_step_are_data_parallel_training():
     close(state.params, other.params, rtol=1e-5, atol=1e-6)
 
 
-class Slow:
-    """A compressed mean, after a second of computing."""
+def slow_mean(tree, state, key):
+    """The mean, after a second of computing."""
+    del key
+    start = optax.tree.sum(tree)
+    zero = 0 * jax.lax.fori_loop(0, 2_000_000, lambda i, x: jnp.sin(x), start)
+    return jax.tree.map(lambda x: jax.lax.pmean(x + zero, "data"), tree), state
 
-    @staticmethod
-    def init(parameters):
-        del parameters
-        return ()
 
-    @staticmethod
-    def mean(tree, state, key):
-        del key
-        start = optax.tree.sum(tree)
-        zero = 0 * jax.lax.fori_loop(0, 2_000_000, lambda i, x: jnp.sin(x), start)
-        return jax.tree.map(lambda x: jax.lax.pmean(x + zero, "data"), tree), state
+SLOW: Any = CompressedMean(lambda *_, **__: (), slow_mean, lambda tree: 0)
 
 
 def still_on_its_way():
@@ -99,7 +96,7 @@ def still_on_its_way():
     mesh = make_mesh(layout, list(each.values()))
     parts = model_parts(CONFIG, "none")
     rounds = local_updates(
-        make_optimizer("adamw", 1e-2), make_outer("co2"), workers=2, every=3, mean=Slow
+        make_optimizer("adamw", 1e-2), make_outer("co2"), workers=2, every=3, mean=SLOW
     )
     step = make_local_step(parts.loss, rounds, layout, mesh)
     state, found = create_state(parts.init, rounds, 0, mesh), []
