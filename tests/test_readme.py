@@ -15,7 +15,7 @@ COMMANDS = sorted(
     {
         command.strip()
         for page in PAGES
-        for command in COMMAND.findall(page.read_text())
+        for command in COMMAND.findall(re.sub(r"\s*\\\n\s*", " ", page.read_text()))
         if "<slug>" not in command
     }
 )
