@@ -168,14 +168,14 @@ def dynamics(scale: str, seed: int) -> Iterator[Row]:
                 yield Row("peak at share of steps", steps[peak] / steps[-1], arm)
                 yield Row("I(T;Y), bits", t_y[0], f"{arm} start")
                 yield Row("I(T;Y), bits", t_y[-1], f"{arm} end")
-        phases = np.nan_to_num(list(seen.phases.values()))  # of layers that died: 0
+        phases = np.nan_to_num(list(seen.phases.values()), posinf=0.0)  # died: 0
         signal = phases.mean(0)
         for step, value in zip(steps, signal.tolist(), strict=True):
             yield Row("snr", round(value, 4), f"{activation} {step}")
         yield Row("signal to noise", float(signal[:-3].max()), f"{activation} drift")
         yield Row("signal to noise", float(signal[-3:].mean()), f"{activation} end")
         x_t = path(scale, seed, activation, seen.layers[-1], "bins")[:, 0]
-        fall = np.flatnonzero(signal > signal.max() / 2)[-1]
+        fall = np.flatnonzero(signal >= signal.max() / 2)[-1]
         apart = np.log10(max(steps[fall], 1) / max(steps[x_t.argmax()], 1))
         yield Row("decades between the changes", abs(float(apart)), activation)
         x_t, rate = _against_soft_rule(seen.layers[-1][-1], activation)
