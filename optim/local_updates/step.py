@@ -6,10 +6,10 @@ A stale method's exchange is a program of its own, dispatched when a round has e
 waited for when the next one has; no step takes what it returns. What is on its way is
 an array of the state like any other, so a checkpoint waits for it and keeps it.
 
-XLA runs the programs that one thread dispatches to a CPU one after the other, whatever
-they take. So where every process has one device the exchange is dispatched by a thread
-of its own, and travels while the others compute. A process with several devices runs
-all its programs in order: there an exchange is late but not hidden.
+Of several CPU processes, a step that was dispatched by the thread that had dispatched
+the exchange was seen to wait for it, whatever it takes. So where every process has one
+device in the mesh a thread of its own dispatches exchanges, and they travel while steps
+compute. Elsewhere one thread dispatches all: late, and not shown to be hidden.
 
 Accelerators run one program after the other, so there a whole round must be one
 program, `round`. In it the exchange is a ring of hops, some in every step, since it is
