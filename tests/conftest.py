@@ -9,8 +9,7 @@ import sys
 import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what the tests cost, so programs are kept from run to run, and
-# child processes find what their parent compiled.
+# Compiling is most of what the tests cost, so programs are kept from run to run.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )
@@ -46,13 +45,37 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="minutes long: give --slow"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _load_programs_of_one_device_only():
+    """Programs over several devices, and those of child processes, are compiled anew.
+
+    XLA:CPU may run the independent collectives of a program that it loads from the
+    compilation cache in another order on each device. Devices then wait for each other
+    for ever, and after 40 s XLA aborts the process. Programs that it compiled itself
+    keep the order.
+    """
+    from jax._src import compiler  # no public setting tells the two kinds apart
+
+    kept = compiler._cache_read
+
+    def read(name, key, options, backend, devices):
+        if len(devices) > 1:
+            return None, None
+        return kept(name, key, options, backend, devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_cache_read", read)
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Compiled programs end with the file that compiled them.
 
-    Each maps pages of code of its own; a worker that keeps all it ever compiled comes
-    to the system's limit of maps (65,530 on Linux by default) and dies of a
-    segmentation fault.
+    Each maps pages of code of its own, and Linux allows a process 65,530 maps by
+    default: a worker that keeps all it ever compiled has half of them after a fifth of
+    the tests.
     """
     yield
     if jax := sys.modules.get("jax"):
