@@ -98,7 +98,7 @@ def by_projection(setting: Setting) -> dict[str, float]:
     bank = activation.bank_from_examples(
         setting.names, learn.x[few], learn.concepts[few]
     )
-    model = post_hoc(bank, learn.x[few], learn.labels[few], max_iter=300, tol=1e-3)
+    model = post_hoc(bank, learn.x[few], learn.labels[few])
     logits = model(jnp.asarray(test.x, jnp.float32)).classes
     # A projection says which side of its hyperplane a row is on.
     right = (np.asarray(activation.project(bank, test.x)) > 0) == test.concepts

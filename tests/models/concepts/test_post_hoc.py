@@ -1,5 +1,7 @@
 """Post-hoc bottlenecks: banks, the sparse head, edits and the residual."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,8 +94,6 @@ def test_the_head_meets_the_conditions_of_its_optimum(bank):
         ROWS.labels,
         strength=strength,
         alpha=alpha,
-        tol=1e-8,
-        max_iter=20_000,
     )
     p = np.asarray(activation.project(bank, ROWS.x), np.float64)
     z, scale = (p - p.mean(0)) / p.std(0), p.std(0)
@@ -112,7 +112,7 @@ def test_the_head_meets_the_conditions_of_its_optimum(bank):
 
 
 def test_a_strong_penalty_leaves_the_priors(bank):
-    fitted = post_hoc.post_hoc(bank, ROWS.x, ROWS.labels, strength=10.0, tol=1e-8)
+    fitted = post_hoc.post_hoc(bank, ROWS.x, ROWS.labels, strength=10.0)
     assert jnp.all(fitted.weight == 0)
     np.testing.assert_allclose(
         jax.nn.softmax(fitted.bias), np.bincount(ROWS.labels) / 600, atol=1e-3
@@ -201,3 +201,27 @@ def test_text_has_no_levels_to_set():
         activation.bank_from_text(WORLD.names, text[:3])
     with pytest.raises(ValueError, match="'wing' has 0 positive rows"):
         activation.bank_from_examples(WORLD.names, BANKED.x, 0 * BANKED.concepts)
+
+
+def test_greedy_pruning_drops_what_costs_most_and_stops(bank, model):
+    """Against every single removal, tried one by one."""
+
+    def accuracy(head):
+        return float((head(HELD.x).classes.argmax(-1) == HELD.labels).mean())
+
+    # A weight that only harms: class 0 shouts when the first concept is there.
+    spoilt = dataclasses.replace(model, weight=model.weight.at[0, 0].set(9.0))
+    once = post_hoc.greedy_prune(spoilt, HELD.x, HELD.labels, count=1)
+    singles = [
+        accuracy(dataclasses.replace(spoilt, weight=spoilt.weight.at[c, k].set(0.0)))
+        for c in range(3)
+        for k in range(5)
+    ]
+    assert accuracy(once) == pytest.approx(max(singles), abs=1e-6)
+    assert accuracy(once) > accuracy(spoilt)
+    many = post_hoc.greedy_prune(spoilt, HELD.x, HELD.labels, count=40)
+    again = post_hoc.greedy_prune(many, HELD.x, HELD.labels, count=1)
+    assert jnp.array_equal(many.weight, again.weight)  # nothing is left to gain
+    assert accuracy(many) >= accuracy(once)
+    with pytest.raises(ValueError, match="count: -1"):
+        post_hoc.greedy_prune(model, HELD.x, HELD.labels, count=-1)
