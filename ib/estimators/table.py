@@ -20,18 +20,23 @@ from .ksg import ksg, mixed_ksg
 from .renyi import matrix_renyi
 from .sliced import sliced
 
-# Tasks of `ib.tasks` with one feature a side, at 1 nat or less.
-NORMAL = frozenset({"gaussian"})
-COPULA = NORMAL | {"half_cube", "uniform_margins"}
-SMOOTH = NORMAL | {"half_cube", "student"}
-MIXED = SMOOTH | {"discrete_continuous"}
+
+def _on(names: str, *dims: int) -> frozenset[tuple[str, int]]:
+    return frozenset((name, dim) for name in names.split() for dim in dims)
+
+
+# Tasks of `ib.tasks` at their defaults and features a side, from 2000 rows on.
+NORMAL = _on("gaussian", 1)
+COPULA = _on("gaussian half_cube uniform_margins", 1)
+SMOOTH = _on("gaussian half_cube student", 1)
+MIXED = SMOOTH | _on("discrete_continuous", 1)
 
 
 class Row(NamedTuple):
     estimator: Callable[[Array, Array, Array], Estimate]  # of key, x, y
     direction: int  # of the bound, where the premise holds
     premise: str
-    covers: frozenset[str] = frozenset()  # tasks where the value is the information
+    covers: frozenset[tuple[str, int]] = frozenset()  # there the value is I(X; Y)
     negative: bool = True  # may be below 0
     shannon: bool = True  # False: a quantity of its own
 
