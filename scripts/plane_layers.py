@@ -116,7 +116,8 @@ def _concepts(folder, record, data, step, part, rows, classes) -> Seen:
     graph = nnx.split(nnx.eval_shape(lambda: make(0)))[0]
     model = nnx.merge(graph, state.params, state.rest)
     x = jnp.asarray(chosen.x[:rows], jnp.float32)
-    layers = [Layer(name, h) for name, h in layer_outputs(model, x).items() if name]
+    module: Any = model
+    layers = [Layer(name, h) for name, h in layer_outputs(module, x).items() if name]
     layers.append(Layer("waist", model(x).concepts))
     return Seen(layers, np.asarray(chosen.labels[:rows], np.int32), step)
 

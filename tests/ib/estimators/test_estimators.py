@@ -41,8 +41,10 @@ def test_the_truth_is_within_the_stated_error(name, quick_jit):
     once in 3000 times, one that covers 0.6 fails in 8 of 10.
     """
     run = quick_jit(jax.vmap(ESTIMATORS[name].estimator))
-    for covered in sorted(ESTIMATORS[name].covers):
-        task, x, y = drawn(*covered)
+    for covered, dim in sorted(ESTIMATORS[name].covers):
+        if dim > 1:  # needs the rows of the recorded study
+            continue
+        task, x, y = drawn(covered)
         found = run(jax.random.split(jax.random.key(0), SEEDS), x, y)
         near = jnp.abs(found.value - task.information) < 2 * found.standard_error
         assert near.sum() >= 12, covered
