@@ -213,6 +213,7 @@ def on_the_plane(
     short = lossy.pca(key, layer.h, min(NUMBERS, layer.h.shape[1])).encode(layer.h)
 
     def codes(y):
+        assert layer.codes is not None
         symbols = layer.codes.reshape(len(layer.h), -1).astype(jnp.int32)
         return discrete(symbols, symbols), discrete(symbols, y[:, None])
 

@@ -124,8 +124,8 @@ def _concepts(folder, record, data, step, part, rows, classes) -> Seen:
 
 def _regression(folder, record, data, step, part, rows, classes) -> Seen:
     """The run that validated best: hidden layers, the draw of its code, its answer."""
-    numbers = {name: [float(v) for v in record[name]] for name in SWEPT}
-    runs = regression.grid(*numbers.values(), record["seeds"], record["seed"])
+    betas, rates = ([float(v) for v in record[name]] for name in SWEPT)
+    runs = regression.grid(betas, rates, record["seeds"], record["seed"])
     objective = regression.objective_of(record["objective"], record["option"])
     table = named_table(data or "", record["table"], seed=record["seed"])
     parts = split(table, seed=record["seed"], rows=record["rows"])

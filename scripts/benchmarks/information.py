@@ -68,9 +68,9 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
             task = make_task(task_name, dim)
             for n in map(int, f.samples):
                 console.print(f"{task_name}, {dim} a side, {n} rows")
-                draw = jax.jit(functools.partial(task.sample, n=n))
+                draw = jax.jit(task.sample, static_argnums=1)
                 keys = jax.random.split(jax.random.key(0), f.information_seeds)
-                samples = [jax.device_get(draw(key)) for key in keys]
+                samples = [jax.device_get(draw(key, n)) for key in keys]
                 sides: dict[str, Side] = {
                     name: ours(name, samples[0]) for name in f.estimators
                 }
