@@ -26,8 +26,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .estimators.binning import discrete, fixed_bins, symbols
-from .estimators.estimate import Estimate, rows_of
+from .estimators.estimate import Estimate
 from .estimators.kde import kde_pair, kde_sampled
+from .kernels import rows_of
 
 Pair = tuple[Estimate, Estimate]  # I(X; T) and I(T; Y) in nats
 BITS = float(np.log2(np.e))  # bits a nat
@@ -91,7 +92,7 @@ def scaled_bins(
     """
     if width <= 0:
         raise ValueError(f"width: {width}, but it must be above 0")
-    h = rows_of("h", h)
+    h = rows_of("h", h, 2)
     centred = h - h.mean(0)
     deviation = jnp.sqrt(jnp.square(centred).mean())
     cells = jnp.floor(centred / jnp.where(deviation > 0, width * deviation, 1))

@@ -23,18 +23,21 @@ Rule = Callable[[Float[Array, "n d"]], Float[Array, ""]]  # of the sample
 Width = float | Rule
 
 
-def rows_of(name: str, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """x in float32 or wider. Raises: ValueError unless it has two axes.
+def rows_of(name: str, x: Float[Array, "n d"], least: int = 1) -> Float[Array, "n d"]:
+    """x in float32 or wider.
 
-    A vector of n labels is not taken for n rows: broadcast against a column, it would
-    make every row of a kernel matrix the same without a word.
+    Raises: ValueError unless it is [n, features] with at least `least` rows. A vector
+    of n labels is not taken for n rows: broadcast against a column, it would make every
+    row of a kernel matrix the same without a word.
     """
     x = jnp.asarray(x)
-    if x.ndim != 2:
+    if x.ndim != 2 or x.shape[1] < 1:
         raise ValueError(
             f"{name}: shape {x.shape}, but it must be [n, features]; "
             f"write {name}[:, None] for n numbers"
         )
+    if x.shape[0] < least:
+        raise ValueError(f"{name}: {x.shape[0]} rows, but at least {least} are needed")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

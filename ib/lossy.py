@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from .estimators.estimate import rows_of
+from .kernels import rows_of
 
 
 def inject(
@@ -45,7 +45,7 @@ class Code(NamedTuple):
 
 def squared_error(code: Code, x: Float[Array, "n d"]) -> Float[Array, ""]:
     """mean_i |x_i - decode(encode(x_i))|^2, summed over features."""
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     return jnp.square(x - code.decode(code.encode(x))).sum(1).mean()
 
 
@@ -66,7 +66,7 @@ def pca(key: Array, x: Float[Array, "n d"], k: int, *, iterations: int = 30) -> 
     falling order of variance. Raises: ValueError for k not in 1..d, what `rows_of`
     refuses.
     """
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     _check_size(k, x)
     centred = x - x.mean(0)
     wide = min(x.shape[1], k + 8)  # spare directions make the first k converge
@@ -83,7 +83,7 @@ def pca(key: Array, x: Float[Array, "n d"], k: int, *, iterations: int = 30) -> 
 
 def random_projection(key: Array, x: Float[Array, "n d"], k: int) -> Code:
     """k random orthonormal directions: what a code without any fitting holds."""
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     _check_size(k, x)
     drawn = jax.random.normal(key, (x.shape[1], k), x.dtype)
     return linear_code(x.mean(0), jnp.linalg.qr(drawn)[0])
@@ -116,7 +116,7 @@ def autoencoder(
     Adam, the rate falling to 0 as a cosine. Features are centred and brought to a
     common scale. Raises: ValueError as `pca`, or for counts below 1.
     """
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     _check_size(k, x)
     for name, count in (("width", width), ("steps", steps), ("batch", batch)):
         if count < 1:

@@ -281,6 +281,6 @@ def attacked_mse(
             )
             return jnp.mean(jnp.square(predict(params, z, objective) - task.test_y))
 
-        return jnp.stack([of(radius) for radius in radii])
+        return jax.lax.map(of, radii)
 
     return jax.lax.map(one, (params, which))

@@ -2,13 +2,19 @@
 
     python scripts/information.py --workdir=/tmp/waist
     python scripts/information.py --workdir=/tmp/waist --step=2000 --data=book.txt
+    python scripts/information.py --workdir=/tmp/concepts
+    python scripts/information.py --workdir=/tmp/housing --data=../shared/data
 
-X is a window of text up to one position, T a layer's vector there, Y the class of the
-token that comes next: one of the --classes most frequent here, or all others. T is made
-coarse, since else every vector would tell its window: by noise of --noise times the
-layer's root mean square a number, and by cells of four numbers of PCA. Numbers are bits
-for the --rows windows taken, with 95 % intervals. `shuffled` is I(T;Y) with the classes
-in another order: what an estimator finds where there is nothing.
+A workdir of train.py: X is a window of text up to one position, T a layer's vector
+there, Y the class of the token that comes next: one of the --classes most frequent
+here, or all others. Of train_concepts.py and train_split.py: a row or a picture, a
+layer, its class. Of train_regression.py: a row, a layer of the run that validates best,
+and which of --classes equal parts its label falls into.
+
+T is made coarse, since else every vector would tell its input: by noise of --noise
+times the layer's root mean square a number, and by cells of four numbers of PCA.
+Numbers are bits for the --rows inputs taken, with 95 % intervals. `shuffled` is I(T;Y)
+with the classes in another order: what an estimator finds where there is nothing.
 
 Writes information.json and information.svg into --out_dir, by default the workdir.
 Minutes for a small model; exit code 2 for bad input.
@@ -18,14 +24,14 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from narrows.data.text import SPLITS, load_corpus, windows
@@ -35,7 +41,8 @@ from narrows.ib.estimators.estimate import Estimate
 from narrows.ib.estimators.kozachenko_leonenko import kl_label_information
 from narrows.ib.information_plane import BITS, kde, noisy, scaled_bins
 from narrows.models.transformer import Transformer
-from narrows.scripts import command
+from narrows.scripts import command, results
+from narrows.scripts.plane_layers import Layer, Seen, kind_of, seen_by
 from narrows.scripts.trained import load_trained, model_of
 from rich.console import Console
 
@@ -44,21 +51,17 @@ NUMBERS = 4  # of PCA that cells and neighbours see
 PANELS = ("noisy", "kde_upper", "cells")  # estimators with both numbers everywhere
 
 
-class Layer(NamedTuple):
-    name: str
-    h: Float[Array, "n d"]  # at the last position of each window
-    codes: Array | None = None  # a discrete waist's, one row a window
-
-
 def define_flags() -> flags.FlagValues:
     f = flags.FlagValues()
     text, integer = flags.DEFINE_string, flags.DEFINE_integer
     text("workdir", None, "of a trained run (required)", flag_values=f)
     integer("step", None, "checkpoint; default the newest", 0, flag_values=f)
-    text("data", None, "as in training; default that of the run", flag_values=f)
-    flags.DEFINE_enum("split", "validation", list(SPLITS), "which text", flag_values=f)
-    integer("rows", 2000, "windows", CHUNK, flag_values=f)
-    integer("classes", 8, "of next tokens, all others one more", 1, flag_values=f)
+    said = "text, or the folder of data sets; default that of the run"
+    text("data", None, said, flag_values=f)
+    flags.DEFINE_enum("split", "validation", list(SPLITS), "which part", flag_values=f)
+    integer("rows", 2000, "windows, rows or pictures", CHUNK, flag_values=f)
+    said = "next tokens, and all others one more; or parts of a regression's labels"
+    integer("classes", 8, said, 1, flag_values=f)
     flags.DEFINE_float("noise", 0.1, "over a layer's rms", 1e-4, flag_values=f)
     text("out_dir", None, "default: the workdir", flag_values=f)
     return f
@@ -71,18 +74,10 @@ def main(argv: Sequence[str]) -> int:
     with command.bad_input():
         if f.workdir is None:
             raise ValueError("workdir: give --workdir, the folder of a trained run")
-        trained = load_trained(f.workdir, step=f.step)
-        run = trained.meta
-        corpus = load_corpus(
-            run["flags"]["data"] if f.data is None else f.data,
-            tokenizer=run["tokenizer"],
-        )
-        tokens, following = last_positions(corpus, f.split, run["seq_len"], f.rows)
-        model = model_of(trained.state, run["model"])
-        labels = classes_of(following, f.classes)
+        seen = seen_in(f)
         folder = pathlib.Path(f.out_dir or f.workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-    layers = layers_of(model, tokens)
+    layers, labels = seen.layers, seen.labels
     points = []
     for layer in layers:
         for point in on_the_plane(layer, labels, f.noise):
@@ -96,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     h_y = float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
     found = {
         "workdir": str(f.workdir),
-        "step": int(trained.state.step),
+        "step": seen.step,
         "split": f.split,
         "rows": len(labels),
         "classes": int(labels.max()) + 1,
@@ -112,6 +107,29 @@ def main(argv: Sequence[str]) -> int:
     figure.savefig(folder / "information.svg")
     print(folder / "information.json", folder / "information.svg", sep="\n")
     return 0
+
+
+def seen_in(f: flags.FlagValues) -> Seen:
+    """The layers and labels that the flags ask for."""
+    if kind_of(f.workdir) != "text":
+        folder = results.ROOT.parent / "shared" / "data"
+        return seen_by(
+            f.workdir,
+            data=f.data or (folder if folder.is_dir() else None),
+            step=f.step,
+            part=f.split,
+            rows=f.rows,
+            classes=f.classes,
+        )
+    trained = load_trained(f.workdir, step=f.step)
+    run = trained.meta
+    corpus = load_corpus(
+        run["flags"]["data"] if f.data is None else f.data, tokenizer=run["tokenizer"]
+    )
+    tokens, following = last_positions(corpus, f.split, run["seq_len"], f.rows)
+    model = model_of(trained.state, run["model"])
+    labels = classes_of(following, f.classes)
+    return Seen(layers_of(model, tokens), labels, int(trained.state.step))
 
 
 def last_positions(corpus, split: str, length: int, rows: int):
@@ -195,6 +213,7 @@ def on_the_plane(
     short = lossy.pca(key, layer.h, min(NUMBERS, layer.h.shape[1])).encode(layer.h)
 
     def codes(y):
+        assert layer.codes is not None
         symbols = layer.codes.reshape(len(layer.h), -1).astype(jnp.int32)
         return discrete(symbols, symbols), discrete(symbols, y[:, None])
 

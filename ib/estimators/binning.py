@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .estimate import LOWER, Estimate, estimate, pair, rows_of, spread
+from ..kernels import rows_of
+from .estimate import LOWER, Estimate, estimate, pair, spread
 
 FILLED = 4  # rows a joint cell needs, on average, to be believed
 
@@ -19,7 +20,7 @@ def fixed_bins(
     >>> fixed_bins(jnp.array([[-1.0], [0.0], [1.0]]), 30, -1, 1)[:, 0].tolist()
     [0, 15, 29]
     """
-    x = rows_of("x", x, 1)
+    x = rows_of("x", x)
     if bins < 1 or not low < high:
         raise ValueError(
             f"bins: {bins} over [{low}, {high}], but it needs at least 1 and low < high"
@@ -36,7 +37,7 @@ def quantile_bins(x: Float[Array, "n d"], bins: int) -> Int[Array, "n d"]:
     >>> quantile_bins(jnp.array([[5.0], [7.0], [100.0], [6.0]]), 2)[:, 0].tolist()
     [0, 1, 1, 0]
     """
-    x = rows_of("x", x, 1)
+    x = rows_of("x", x)
     if bins < 1:
         raise ValueError(f"bins: {bins}, but at least 1 is needed")
     below = jnp.stack([jnp.searchsorted(jnp.sort(c), c) for c in x.T], 1)

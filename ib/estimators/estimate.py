@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..kernels import rows_of
+
 STABLE = 2.0  # sampling errors by which two settings of an estimator may differ
+ROUNDING = 1e-5  # nats
 LOWER, NEITHER, UPPER = -1, 0, 1  # a bound from below, no bound, a bound from above
 
 
@@ -38,9 +41,15 @@ def estimate(
     ceiling: float | Array = jnp.inf,
     direction: int = NEITHER,
     converged: bool | Array = True,
+    least: float = 0.0,
 ) -> Estimate:
-    """An Estimate whose fields are arrays; never converged where it is not finite."""
+    """An Estimate whose fields are arrays.
+
+    Never converged where it is not finite, or 2 standard errors below `least`, which
+    no information is: 0, but for entropies.
+    """
     finite = jnp.isfinite(value) & jnp.isfinite(standard_error)
+    finite &= value >= least - STABLE * standard_error - ROUNDING
     return Estimate(
         value,
         standard_error,
@@ -87,22 +96,6 @@ def weighted(
     """
     value, slope = jax.value_and_grad(statistic)(jnp.full(n, 1 / n, dtype))
     return value, spread(slope)
-
-
-def rows_of(name: str, x: Float[Array, "n d"], least: int = 2) -> Float[Array, "n d"]:
-    """x in float32 or wider.
-
-    Raises: ValueError unless it is [n, features] with at least `least` rows.
-    """
-    x = jnp.asarray(x)
-    if x.ndim != 2 or x.shape[1] < 1:
-        raise ValueError(
-            f"{name}: shape {x.shape}, but it must be [n, features]; "
-            f"write {name}[:, None] for n numbers"
-        )
-    if x.shape[0] < least:
-        raise ValueError(f"{name}: {x.shape[0]} rows, but at least {least} are needed")
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def unit_variance(x: Float[Array, "n d"]) -> Float[Array, "n d"]:

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
-from ..kernels import by_rows, squared_distances
-from .estimate import LOWER, NEITHER, UPPER, Estimate, estimate, rows_of, spread
+from ..kernels import by_rows, rows_of, squared_distances
+from .estimate import LOWER, NEITHER, UPPER, Estimate, estimate, spread
 from .neighbours import BLOCK
 
 
 def _checked(h, noise, labels):
-    h = rows_of("h", h)
+    h = rows_of("h", h, 2)
     if labels is not None and labels.shape != h.shape[:1]:
         raise ValueError(f"labels: shape {labels.shape}, but h has {h.shape[0]} rows")
     if isinstance(noise, int | float) and noise <= 0:

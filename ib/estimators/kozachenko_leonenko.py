@@ -8,7 +8,8 @@ from jax.scipy.special import digamma
 from jaxtyping import Array, Float, Int
 from scipy.special import gammaln
 
-from .estimate import Estimate, believed, estimate, pair, rows_of, spread
+from ..kernels import rows_of
+from .estimate import Estimate, believed, estimate, pair, spread
 from .gaussian import whitened
 from .neighbours import BLOCK, check_k, each_row, nearest, to_others
 
@@ -83,10 +84,10 @@ def kl_entropy(x: Float[Array, "n d"], *, k: int = 5, block: int = BLOCK) -> Est
     Not converged (not finite) where k neighbours are equal to a row, or the covariance
     has not full rank.
     """
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     check_k(k, x.shape[0])
     (terms,) = _terms(x, (k,), block)
-    return estimate(terms.mean(), spread(terms))
+    return estimate(terms.mean(), spread(terms), least=-math.inf)
 
 
 def kl_information(
@@ -126,7 +127,7 @@ def kl_label_information(
     Raises: ValueError for what `rows_of` refuses, labels not [n], k >= n, or k // 2 too
     few neighbours for d features.
     """
-    x = rows_of("x", x)
+    x = rows_of("x", x, 2)
     n, d = x.shape
     check_k(k, n)
     if labels.shape != (n,):

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Array
 from narrows.ib.estimators.table import ESTIMATORS, make_estimator
 from narrows.ib.tasks import TASKS, make_task
 from narrows.scripts.benchmarks.timing import ratio
@@ -35,7 +36,8 @@ PLAIN = ("gaussian", "gaussian_copula", "ksg", "mixed_ksg", "kl", "binned")
 CRITICS = ("nwj", "infonce", "flo", "smile", "leave_one_out")
 PEER = Path(__file__).with_name("bmi_peer.py")
 PEERS_K = 4  # neighbours, as `ksg` takes
-Found = tuple[float, float]  # value in nats and seconds of processor time
+Found = tuple[Any, float]  # an Estimate or nats, and seconds of processor time
+Side = Callable[[Array, np.ndarray, np.ndarray], Found]  # of key, x, y
 
 
 def define(values: flags.FlagValues) -> None:
@@ -58,11 +60,7 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
     for name in f.tasks:
         if name not in TASKS:
             raise ValueError(f"tasks: {name!r}, but allowed are {', '.join(TASKS)}")
-    peers: dict[str, Callable[[np.ndarray, np.ndarray], Found]] = {}
-    server = None
-    if f.peer_python:
-        server = Server(f.peer_python)
-        peers["bmi"] = server
+    server = Server(f.peer_python) if f.peer_python else None
     for task_name in f.tasks:
         for dim in map(int, f.dims):
             if task_name == "spiral" and dim < 2:
@@ -70,42 +68,69 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
             task = make_task(task_name, dim)
             for n in map(int, f.samples):
                 console.print(f"{task_name}, {dim} a side, {n} rows")
+                draw = jax.jit(task.sample, static_argnums=1)
+                keys = jax.random.split(jax.random.key(0), f.information_seeds)
+                samples = [jax.device_get(draw(key, n)) for key in keys]
+                sides: dict[str, Side] = {
+                    name: ours(name, samples[0]) for name in f.estimators
+                }
+                if server is not None:
+                    sides["bmi"] = server
+                if samples[0][1].shape[1] == 1 and dim == 1:
+                    sides["scikit-learn"] = scikit
                 place = {"task": task_name, "dim": dim, "rows": n}
                 place |= {"truth": task.information, "seeds": f.information_seeds}
-                draw = jax.jit(functools.partial(task.sample, n=n))
-                keys = jax.random.split(jax.random.key(0), f.information_seeds)
-                samples = [jax.device_get(draw(key)) for key in keys]
-                ours: list[float] = []
-                for name in f.estimators:
-                    found, seconds = run(name, keys, samples)
-                    ours = seconds if name == "ksg" else ours
-                    yield place | {"estimator": name} | judged(found, task.information)
-                here = dict(peers)
-                if dim == 1:
-                    here["scikit-learn"] = scikit
-                for name, peer in here.items():
-                    there = [peer(x, y) for x, y in samples]
-                    values, seconds = map(np.array, zip(*there, strict=True))
-                    line = (
-                        place | {"estimator": name} | errors(values, task.information)
-                    )
-                    if ours:
-                        over = ratio(np.array(ours), seconds)
-                        line["peer_over_ksg_cpu"] = over._asdict()
-                    yield line
+                yield from lines(place, in_turn(sides, keys, samples))
     if server is not None:
         server.close()
 
 
-def run(name: str, keys, samples):
-    """Estimates of all samples, stacked, and processor seconds of each."""
-    estimator = jax.jit(make_estimator(name)).lower(keys[0], *samples[0]).compile()
-    found, seconds = [], []
-    for key, (x, y) in zip(keys, samples, strict=True):
+def in_turn(
+    sides: dict[str, Side], keys, samples
+) -> dict[str, tuple[list[Any], np.ndarray]]:
+    """What every side finds on every sample, and its seconds: sample by sample."""
+    found = {name: [] for name in sides}
+    for key, sample in zip(keys, samples, strict=True):
+        for name, side in sides.items():
+            found[name].append(side(key, *sample))
+    return {
+        name: ([value for value, _ in pairs], np.array([s for _, s in pairs]))
+        for name, pairs in found.items()
+    }
+
+
+def lines(place: dict[str, Any], found) -> Iterator[dict[str, Any]]:
+    """A line a side; peers' times are over those of our `ksg` on the same sample."""
+    for name, (values, seconds) in found.items():
+        line = place | {"estimator": name}
+        if name in ESTIMATORS:
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *values)
+            yield line | judged(stacked, place["truth"])
+            continue
+        line |= errors(np.array(values), place["truth"])
+        if "ksg" in found:
+            over = ratio(found["ksg"][1], seconds)
+            line["peer_over_ksg_cpu"] = over._asdict()
+        yield line
+
+
+@functools.cache
+def compiled(name: str, n: int, d: int, e: int):
+    """One program for every task of these shapes."""
+    shapes = [jax.ShapeDtypeStruct((n, k), np.float32) for k in (d, e)]
+    return jax.jit(make_estimator(name)).lower(jax.random.key(0), *shapes).compile()
+
+
+def ours(name: str, sample) -> Side:
+    x, y = sample
+    estimator = compiled(name, len(x), x.shape[1], y.shape[1])
+
+    def run(key, x, y):
         start = time.process_time()
-        found.append(jax.device_get(estimator(key, x, y)))
-        seconds.append(time.process_time() - start)
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds
+        found = jax.device_get(estimator(key, x, y))
+        return found, time.process_time() - start
+
+    return run
 
 
 def errors(values: np.ndarray, truth: float) -> dict[str, Any]:
@@ -129,7 +154,8 @@ def judged(found, truth: float) -> dict[str, Any]:
     }
 
 
-def scikit(x: np.ndarray, y: np.ndarray) -> Found:
+def scikit(key, x: np.ndarray, y: np.ndarray) -> Found:
+    del key
     start = time.process_time()
     value = mutual_info_regression(x, y[:, 0], n_neighbors=PEERS_K, random_state=0)[0]
     return float(value), time.process_time() - start
@@ -144,7 +170,8 @@ class Server:
             [python, str(PEER), str(PEERS_K)], stdin=pipe, stdout=pipe, text=True
         )
 
-    def __call__(self, x: np.ndarray, y: np.ndarray) -> Found:
+    def __call__(self, key, x: np.ndarray, y: np.ndarray) -> Found:
+        del key
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.NamedTemporaryFile(suffix=".npz") as file:

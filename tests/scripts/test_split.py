@@ -15,6 +15,7 @@ import pytest
 from narrows.models import bottlefit
 from narrows.models.split_payload import pack, payload_size
 from narrows.scripts import split_serve, splits, train_split
+from narrows.scripts.plane_layers import kind_of, seen_by
 from narrows.scripts.results import ROOT
 from narrows.scripts.runlog import read_rows
 
@@ -152,3 +153,20 @@ def test_a_workdir_without_a_split_is_refused(finished, tmp_path):
     (tmp_path / "tune").mkdir()
     with pytest.raises(ValueError, match="holds no checkpoint"):
         splits.load_split(tmp_path)
+
+
+def test_the_layers_of_the_plane_are_the_students_own(finished, data):
+    assert kind_of(finished) == "split"
+    given = {"step": None, "rows": 20, "classes": 8}
+    seen = seen_by(finished, data=data, part="test", **given)
+    layers = {layer.name: layer.h for layer in seen.layers}
+    assert {"waist", "decoder", "tail logits"} <= set(layers)
+    test = splits.pictures(data, "fashion_mnist", "test")
+    assert np.array_equal(seen.labels, test.labels)
+    trained = splits.load_split(finished)
+    wanted = bottlefit.predict(
+        trained.graphs, trained.parts, splits.scaled(test.images)
+    )
+    np.testing.assert_allclose(layers["tail logits"], wanted, atol=1e-5)
+    with pytest.raises(ValueError, match="step: a split is read where it ended"):
+        seen_by(finished, data=data, part="test", **(given | {"step": 1}))

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from narrows.parallel.checkpoint import inspect, latest_step
 from narrows.scripts import train_concepts
+from narrows.scripts.concept_tasks import Sizes, make_task
+from narrows.scripts.plane_layers import kind_of, seen_by
 from narrows.scripts.runlog import read_rows
 
 SMALL = (
@@ -89,3 +91,20 @@ def test_a_run_is_not_continued_as_another(run, call, capsys):
     code = call(train_concepts, f"--workdir={workdir}", *flags, "--seed=1", devices=1)
     assert code == 2
     assert "expect['seed'] is 1" in capsys.readouterr().err
+
+
+def test_the_layers_of_the_plane_are_the_models_own(run):
+    """Its concepts are right as often as the log says, and the waist is the last."""
+    _, workdir = run
+    assert kind_of(workdir) == "concepts"
+    given = {"data": None, "step": 12, "rows": 32, "classes": 8}
+    seen = seen_by(workdir, part="test", **given)
+    assert seen.step == 12
+    assert len(seen.layers) > 1
+    waist = seen.layers[-1]
+    assert waist.name == "waist"
+    assert all(len(layer.h) == len(seen.labels) == 32 for layer in seen.layers)
+    task = make_task("world", None, Sizes(64, 1, 32), seed=0)
+    assert np.array_equal(seen.labels, task.test.labels)
+    right = ((np.asarray(waist.h) > 0.5) == (task.test.concepts > 0.5)).mean()
+    assert right == pytest.approx(rows(workdir, "validation")[-1]["concepts"], abs=1e-6)

@@ -2,10 +2,13 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrows.data import tables
 from narrows.ib.kernels import spread
-from narrows.scripts import train_regression
+from narrows.scripts import information, train_regression
+from narrows.scripts.plane_layers import kind_of, seen_by
 from narrows.scripts.regression import grid, objective_of, option_of
 from narrows.scripts.runlog import read_rows
 
@@ -140,3 +143,35 @@ def test_bad_input_is_named(train, tmp_path, capsys, flags, says):
 def test_other_flags_than_the_run_s_are_refused(train, finished, capsys):
     assert train(finished, "--betas=0,0.1") == 2
     assert "has other betas" in capsys.readouterr().err
+
+
+def test_the_layers_of_the_plane_are_those_of_the_best_run(finished):
+    """The decoder's last layer tells the labels as well as the run says it does."""
+    given = {"data": None, "step": None, "rows": 10_000, "classes": 4}
+    seen = seen_by(finished, part="test", **given)
+    layers = {layer.name: layer.h for layer in seen.layers}
+    assert list(layers) == ["encoder 1", "encoder 2", "waist", "decoder 1"]
+    assert seen.step == STEPS
+    counts = np.bincount(seen.labels)
+    assert len(counts) == 4
+    assert np.ptp(counts) <= 1
+    valid = [
+        min(r["loss"] for r in rows_of(finished, f"validation {i}")) for i in (0, 1)
+    ]
+    said = rows_of(finished, f"best {int(np.argmin(valid))}")[0]
+    # what is linear in the last layer can be no worse than the run's own answer
+    h = jnp.concatenate([layers["decoder 1"], jnp.ones((len(seen.labels), 1))], 1)
+    whole = tables.named_table("", "friedman_outliers")
+    y = tables.split(whole, seed=0, rows=96).test.y
+    fitted = h @ jnp.linalg.lstsq(h, y)[0]
+    assert jnp.square(fitted - y).mean() <= said["loss"] + 1e-5
+
+
+def test_a_regression_is_put_on_the_plane(call, finished, tmp_path, capsys):
+    assert kind_of(finished) == "regression"
+    flags = (f"--workdir={finished}", "--rows=60", f"--out_dir={tmp_path}")
+    assert call(information, *flags, "--split=train", "--classes=3") == 0
+    found = json.loads((tmp_path / "information.json").read_text())
+    assert found["rows"] == 60
+    assert found["classes"] == 3
+    assert {p["layer"] for p in found["points"]} >= {"waist", "decoder 1"}

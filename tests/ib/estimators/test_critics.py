@@ -60,7 +60,8 @@ def test_infonce_never_passes_log_n(scale):
     found = critics.infonce(scale * jnp.eye(50) + jnp.sin(jnp.arange(50)))
     assert found.value <= found.ceiling + 1e-6
     assert float(found.ceiling) == pytest.approx(math.log(50))
-    assert bool(found.converged) == (found.value < 0.8 * math.log(50))
+    # at scale 0 a bound far below 0, which the worst that has learned does not give
+    assert bool(found.converged) == (-0.01 < found.value < 0.8 * math.log(50))
 
 
 def test_bounds_equal_their_formulas_in_double_precision():
