@@ -16,7 +16,7 @@ from narrows.parallel.checkpoint import Arrangement, Checkpoints, Pattern
 from narrows.parallel.checkpoint.resume import restore
 from narrows.parallel.checkpoint.storage import orbax_context
 from narrows.scripts.claims import Row
-from narrows.scripts.conversion_peak import LEAF, conversion_peak
+from narrows.scripts.conversion_peak import LEAF, conversion_peaks
 from orbax.checkpoint import v1 as ocp
 
 MIB = 2**20
@@ -93,7 +93,7 @@ def cost(scale: str, seed: int) -> Iterator[Row]:
 def memory(scale: str, seed: int) -> Iterator[Row]:
     """Peak of a conversion above what was resident and what it returns, in a process
     of its own: over the largest leaf and 200 MB."""
-    mib = 256 if scale == "quick" else 2048
-    extra = conversion_peak(mib)
-    yield Row("peak over the bound", extra / (LEAF + 200e6))
-    yield Row("peak above the result in MiB", extra / MIB)
+    peaks = conversion_peaks(256 if scale == "quick" else 2048)
+    for way, extra in peaks.items():
+        yield Row("peak over the bound", extra / (LEAF + 200e6), way)
+        yield Row("peak above the result in MiB", extra / MIB, way)

@@ -1,6 +1,8 @@
 """Peak memory of a restore into another layout, in a process of its own.
 
-    python -m narrows.scripts.conversion_peak save|restore DIRECTORY MIB
+    python -m narrows.scripts.conversion_peak save|WAY DIRECTORY MIB
+
+WAY, of `WAYS`, says what becomes of the memory that the restoring process frees.
 
 Leaves of 16 MiB, [4, n], are saved and brought to two stages of two blocks each.
 """
@@ -15,15 +17,27 @@ import tempfile
 import jax
 import jax.numpy as jnp
 from narrows.parallel.checkpoint import Arrangement, Checkpoints, Pattern
+from narrows.parallel.host_memory import give_back_freed_memory, keep_freed_memory
 
 MIB = 2**20
 LEAF = 16 * MIB  # bytes
 
 
-def conversion_peak(mib: int) -> int:
-    """Bytes beyond what was resident before the restore, and beyond its result."""
+WAYS = {
+    "given back": give_back_freed_memory,  # as scripts/convert_checkpoint.py does
+    "kept": keep_freed_memory,  # as the other commands do, so that steps are faster
+    "as malloc likes": lambda: True,
+}
+
+
+def conversion_peaks(mib: int) -> dict[str, int]:
+    """Bytes beyond what was resident before the restore, and beyond its result, by way.
+
+    RuntimeError if a process fails, or if there is no such malloc here.
+    """
+    peaks = {}
     with tempfile.TemporaryDirectory() as folder:
-        for what in ("save", "restore"):
+        for what in ("save", *WAYS):
             done = subprocess.run(
                 [sys.executable, "-m", __name__, what, folder, str(mib)],
                 capture_output=True,
@@ -31,8 +45,10 @@ def conversion_peak(mib: int) -> int:
             )
             if done.returncode:
                 raise RuntimeError(done.stderr[-2000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["peak"] - found["before"] - mib * MIB
+            if what in WAYS:
+                found = json.loads(done.stdout.splitlines()[-1])
+                peaks[what] = found["peak"] - found["before"] - mib * MIB
+    return peaks
 
 
 def main(what: str, folder: str, mib: str) -> None:
@@ -43,6 +59,8 @@ def main(what: str, folder: str, mib: str) -> None:
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(0, state, {})
         return
+    if not WAYS[what]():
+        raise RuntimeError("malloc is not glibc's: its arenas cannot be set")
     stages = [Pattern("blocks/.*", "pipelined", {"stages": 2, "repeats": 2})]
     layout = Arrangement(shapes, stages)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

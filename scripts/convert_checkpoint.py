@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
+from narrows.parallel.host_memory import give_back_freed_memory
 from narrows.scripts import command
 from narrows.scripts.foreign_checkpoints import (
     DTYPES,
@@ -55,6 +56,7 @@ def define_flags() -> flags.FlagValues:
 def main(argv: Sequence[str]) -> int:
     f = define_flags()
     command.parse(f, argv, __doc__)
+    give_back_freed_memory()  # large arrays come and go, one after the other
     with command.bad_input():
         for name in ("source", "to"):
             if f[name].value is None:

@@ -1,7 +1,7 @@
 """Loss curves of a small model on several layouts: the claim that none changes it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,10 +60,12 @@ def curve(
     seed: int,
     *,
     steps: int = STEPS,
+    batches: Iterable[Mapping[str, np.ndarray]] | None = None,
     rounded: int | None = None,
 ) -> np.ndarray:
     """Loss of each step.
 
+    batches: whole ones of ROWS x LENGTH, `steps` of them; default: runs that count up.
     rounded: move every parameter at the start by at most one rounding of float32, drawn
     with this seed: what a curve owes to rounding alone.
     """
@@ -73,7 +75,7 @@ def curve(
         state = state._replace(params=_rounded(state.params, rounded))
     index, count = process_rows(mesh, ROWS)
     mine = slice(index * ROWS // count, (index + 1) * ROWS // count)
-    for batch in _batches(config, seed, steps):
+    for batch in _batches(config, seed, steps) if batches is None else batches:
         batch = {name: rows[mine] for name, rows in batch.items()}
         state, metrics = step.fused(state, place_batch(batch, mesh))
         losses.append(metrics["loss"])

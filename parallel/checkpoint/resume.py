@@ -6,7 +6,6 @@ others are read one group at a time and brought over by layout maps, so that no 
 than a group is on the host at once.
 """
 
-import gc
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,6 @@ from .leaves import Record, differences, fingerprint, named, records
 from .patterns import Arrangement, Pattern
 from .steps import Header, read_header, step_path, unreadable
 from .storage import load
-
-SWEEP = 2**26  # bytes brought over until the host's garbage is collected
 
 
 class Line(NamedTuple):
@@ -180,13 +177,8 @@ def restore(directory: Any, target: Any, **options: Any) -> Restored:
         if line.how == "initial":
             state[line.name] = made.target[line.name]
     rest = [line.name for line in made.report if line.how == "converted"]
-    unswept = 0
     for group in _groups(rest, made):
         state |= _converted(group, made, shapes)
-        unswept += sum(state[name].nbytes for name in group)
-        if unswept > SWEEP:  # storage leaves what it read in cycles of references
-            gc.collect()
-            unswept = 0
     leaves = [state[name] for name in made.target]
     tree = jax.tree.unflatten(jax.tree.structure(target), leaves)
     return Restored(tree, header.meta, made.report)
