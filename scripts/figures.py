@@ -19,12 +19,13 @@ from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from narrows.scripts import claims, command, results
-from narrows.scripts.benchmarks import exchange, outer
+from narrows.scripts.benchmarks import collapse, exchange, outer
 from narrows.scripts.runlog import draw_run, read_rows
 
 FOLDER = results.ROOT / "docs" / "figures"
 Draw = Callable[[Sequence[Any]], Figure]
 RUNS: dict[str, Draw] = {  # of the lines of a file that is no reproduction's
+    "benchmark_collapse": collapse.draw,
     "benchmark_exchange": exchange.draw,
     "benchmark_outer": outer.draw,
     "main_job": draw_run,

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
+from matplotlib.figure import Figure
 from narrows.data.images import load_images
 from narrows.models.convolution import Decoder, Encoder
 from narrows.models.quantize.layer import Quantize
@@ -40,6 +41,7 @@ CHANNELS, CODE_WIDTH, BATCH, LEARNING_RATE, LOSS_WEIGHT = (16, 32), 16, 32, 2e-3
 TRICKS = ("plain", "plain+unit", "plain+start", "plain+revive", "vq+start")
 ARMS = (*TRICKS, *QUANTIZERS)
 EVALUATED = 500  # pictures at a time
+STEPS = 250  # of training
 
 
 class Autoencoder(nnx.Module):
@@ -71,7 +73,7 @@ def define(values: flags.FlagValues) -> None:
     text("arms", list(ARMS), "collapse: " + ", ".join(ARMS))
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     integer("collapse_codes", 1024, "collapse: in a codebook", 2)
-    integer("collapse_steps", 250, "collapse: of training", 1)
+    integer("collapse_steps", STEPS, "collapse: of training", 1)
     integer("collapse_seeds", 5, "collapse: seeds of each arm", 1)
     flags.DEFINE_string(
         "images_dir",
@@ -196,3 +198,35 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
             f"{own[0]['capacity']:.2f}",
         )
     return made
+
+
+def draw(lines: Sequence[dict[str, Any]]) -> Figure:
+    """Usage of each arm, seed by seed; reconstruction against the bits that pass."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    newest = {(x["arm"], x["seed"]): x for x in lines if x["steps"] == STEPS}
+    arms = [arm for arm in ARMS if any(own == arm for own, _ in newest)]
+    for place, arm in enumerate(arms):
+        own = [x for (name, _), x in newest.items() if name == arm]
+        usage, error, bits = (np.array([x[n] for x in own]) for n in Measured._fields)
+        colour = f"C{place % 10}"
+        left.plot(100 * usage, np.full(len(own), place), ".", color=colour, alpha=0.6)
+        left.plot(100 * usage.mean(), place, "|", ms=12, mew=2, color=colour)
+        marker = "os^Dvx"[place // 3 % 6]
+        right.errorbar(
+            bits.mean(),
+            error.mean(),
+            error.std(ddof=len(own) > 1),
+            bits.std(ddof=len(own) > 1),
+            marker=marker,
+            color=colour,
+            lw=0.8,
+        )
+        right.annotate(arm, (bits.mean(), error.mean()), fontsize=6, color=colour)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    left.set(xlabel="% of codes used over the test pictures", xlim=(-2, 102))
+    for asked in (60, 95):
+        left.axvline(asked, color="grey", lw=0.8, ls=":")
+    right.set(xscale="log", xlabel="bits a position", ylabel="error / variance")
+    return figure
