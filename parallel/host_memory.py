@@ -25,8 +25,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Let malloc of glibc give back every block of 1 MiB and more when it is freed;
-    False where there is none. It undoes `keep_freed_memory`, but for the one arena.
+    """Let malloc of glibc give large freed blocks back; False where there is none.
+
+    Those of 1 MiB and more. It undoes `keep_freed_memory`, but for the one arena.
     """
     return _set(
         (M_MMAP_THRESHOLD, 2**20), (M_MMAP_MAX, 2**16), (M_TRIM_THRESHOLD, 2**20)

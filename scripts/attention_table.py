@@ -6,15 +6,12 @@
 What each form of attention takes, forward and backward, with its errors. Seconds.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-from narrows.scripts import command, results
-from narrows.scripts.systems_table import write
+from narrows.scripts.systems_table import page_of_lines
 
 HEAD = """# Which form of attention takes what
 
@@ -67,21 +64,14 @@ def cell(record: dict[str, Any] | None, refusals: list[str]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    f = flags.FlagValues()
-    flags.DEFINE_bool("check", False, "exit 1 when the page is stale", f)
-    flags.DEFINE_string(
-        "results_dir", str(results.RESULTS), "recorded lines", flag_values=f
+    return page_of_lines(
+        argv,
+        __doc__,
+        lines="benchmark_attention_forms.jsonl",
+        target="attention_forms.md",
+        page=page,
+        writer=pathlib.Path(__file__).name,
     )
-    flags.DEFINE_string("root", str(results.ROOT), "of the checkout", flag_values=f)
-    command.parse(f, argv, __doc__)
-    path = pathlib.Path(f.results_dir) / "benchmark_attention_forms.jsonl"
-    with command.bad_input():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    target = pathlib.Path(f.root) / "docs" / "attention_forms.md"
-    stale = write(
-        target, page(records), check=f.check, writer=pathlib.Path(__file__).name
-    )
-    return 1 if stale and f.check else 0
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@
 Errors, cover and flags of estimators of information, task by task, beside peers.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
 from narrows.ib.estimators.table import ESTIMATORS
-from narrows.scripts import command, results
-from narrows.scripts.systems_table import write
+from narrows.scripts.systems_table import page_of_lines
 
 Record = dict[str, Any]
 COVERED, FLAGGED, WILD = 0.85, 0.1, 0.9  # asked of tasks declared, and elsewhere
@@ -35,8 +32,8 @@ task that the estimator declares to cover (`covers` in `ib/estimators/table.py`)
 VERDICTS = f"""## What the flags are worth
 
 Declared tasks hold where {COVERED:.0%} of the intervals cover and at most
-{FLAGGED:.0%} of the values are flagged, at the largest size measured. Elsewhere: the
-values off by more than 3 standard errors, and the share of these that is flagged, of
+{FLAGGED:.0%} of the values are flagged, at the largest size measured, on samples that
+were not seen when the declarations were chosen. Elsewhere: the values off by more than 3 standard errors, and the share of these that is flagged, of
 which {WILD:.0%} is asked.
 
 | estimator | declared, of tasks measured | hold | off elsewhere | of these flagged |
@@ -105,10 +102,13 @@ def verdicts(records: Sequence[Record]) -> list[str]:
 
 
 def judged(records: Sequence[Record]) -> list[Record]:
-    """Of one estimator: its declared tasks, at the largest size of enough seeds."""
+    """Of one estimator: its declared tasks, at the largest size of enough seeds.
+
+    Draw 0 is what declarations were chosen on, so it judges none.
+    """
     found: dict[tuple[str, int], Record] = {}
     for r in sorted(records, key=lambda r: r["rows"]):
-        if declared(r) and r["seeds"] >= SEEDS:
+        if declared(r) and r["seeds"] >= SEEDS and r.get("draw", 0) > 0:
             found[r["task"], r["dim"]] = r
     return list(found.values())
 
@@ -156,21 +156,14 @@ def cell(record: Record | None) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    f = flags.FlagValues()
-    flags.DEFINE_bool("check", False, "exit 1 when the page is stale", f)
-    flags.DEFINE_string(
-        "results_dir", str(results.RESULTS), "recorded lines", flag_values=f
+    return page_of_lines(
+        argv,
+        __doc__,
+        lines="benchmark_information.jsonl",
+        target="estimator_errors.md",
+        page=page,
+        writer=pathlib.Path(__file__).name,
     )
-    flags.DEFINE_string("root", str(results.ROOT), "of the checkout", flag_values=f)
-    command.parse(f, argv, __doc__)
-    path = pathlib.Path(f.results_dir) / "benchmark_information.jsonl"
-    with command.bad_input():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    target = pathlib.Path(f.root) / "docs" / "estimator_errors.md"
-    stale = write(
-        target, page(records), check=f.check, writer=pathlib.Path(__file__).name
-    )
-    return 1 if stale and f.check else 0
 
 
 if __name__ == "__main__":

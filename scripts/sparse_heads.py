@@ -1,12 +1,13 @@
 """The solver of sparse heads beside scikit-learn's: objective and CPU time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 from narrows.models.concepts.sparse import elastic_net_path
+from narrows.scripts.benchmarks.timing import alternate, ratio
 from narrows.scripts.claims import Row
+from rich.console import Console
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
@@ -18,7 +19,7 @@ def beside_saga(name: str, x, labels, strength: float, seed: int) -> Iterator[Ro
     """Rows "head, NAME: ..." for features x [n, k], standardised here.
 
     SAGA stops where its weights change by less than a share of 1e-4, its default. Both
-    solve in turns; the time is the CPU time of the process, ours over SAGA's.
+    solve in turns, compiled before; the time is the CPU time of the process.
     """
     z = np.asarray(x, np.float64)
     z = (z - z.mean(0)) / np.maximum(z.std(0), 1e-6)
@@ -33,26 +34,21 @@ def beside_saga(name: str, x, labels, strength: float, seed: int) -> Iterator[Ro
     def ours():
         return elastic_net_path(z, labels, [strength], alpha=ALPHA)
 
-    cold, _ = spent(ours)
-    ratios = []
-    for _ in range(TURNS):
-        here, heads = spent(ours)
-        there, fitted = spent(lambda: library.fit(z, labels))
-        ratios.append(here / there)
-    reached = objective(heads.weight[0], heads.bias[0], z, labels, strength)
-    best = objective(fitted.coef_, fitted.intercept_, z, labels, strength)
-    yield Row(f"head, {name}: objective", reached)
-    yield Row(f"head, {name}: objective", best, "SAGA")
-    yield Row(f"head, {name}: objective", best + 1e-5, "SAGA + 1e-5")
-    yield Row(f"head, {name}: CPU time over SAGA's", float(np.median(ratios)))
-    yield Row(f"head, {name}: CPU time over SAGA's", cold / there, "with compilation")
-
-
-def spent(work: Callable):
-    """Seconds of CPU time of the process, and what came."""
     start = time.process_time()
-    result = jax.block_until_ready(work())
-    return time.process_time() - start, result
+    head = ours()
+    cold = time.process_time() - start
+    sides = {"ours": ours, "saga": lambda: library.fit(z, labels)}
+    taken = alternate(sides, rounds=TURNS, calls=1, console=Console(quiet=True))
+    reached = objective(head.weight[0], head.bias[0], z, labels, strength)
+    best = objective(library.coef_, library.intercept_, z, labels, strength)
+    at = f"head, {name}"
+    yield Row(f"{at}: objective", reached)
+    yield Row(f"{at}: objective", best, "SAGA")
+    yield Row(f"{at}: objective above SAGA's", max(reached - best, 0.0))
+    mine, saga = taken["ours"].cpu, taken["saga"].cpu
+    yield Row(f"{at}: CPU time over SAGA's", ratio(saga, mine).median)
+    first = cold / float(np.median(saga))
+    yield Row(f"{at}: CPU time over SAGA's", first, "with compilation")
 
 
 def objective(weight, bias, z, labels, strength: float) -> float:

@@ -9,10 +9,12 @@ part between the two markers is written. Seconds, no accelerator.
 """
 
 import csv
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 from narrows.scripts import claims, command, results
@@ -170,6 +172,33 @@ def write(
         path.write_text(text)
         print(f"wrote {path.name}")
     return stale
+
+
+def page_of_lines(
+    argv: Sequence[str],
+    doc: str | None,
+    *,
+    lines: str,
+    target: str,
+    page: Callable[[list[dict[str, Any]]], str],
+    writer: str,
+) -> int:
+    """The command that makes docs/TARGET of the lines in results/LINES; its exit code.
+
+    Flags: --check (1 when the page is stale), --results_dir, --root.
+    """
+    f = flags.FlagValues()
+    flags.DEFINE_bool("check", False, "exit 1 when the page is stale", f)
+    flags.DEFINE_string(
+        "results_dir", str(results.RESULTS), "recorded lines", flag_values=f
+    )
+    flags.DEFINE_string("root", str(results.ROOT), "of the checkout", flag_values=f)
+    command.parse(f, argv, doc)
+    with command.bad_input():
+        text = (pathlib.Path(f.results_dir) / lines).read_text()
+    made = page([json.loads(line) for line in text.splitlines()])
+    path = pathlib.Path(f.root) / "docs" / target
+    return 1 if write(path, made, check=f.check, writer=writer) and f.check else 0
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "information_seeds", 10, "information: samples", 2, flag_values=values
     )
+    flags.DEFINE_integer(
+        "information_draw",
+        0,
+        "information: which samples; declarations were chosen on 0, judged on others",
+        0,
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "peer_python", None, "information: with benchmark-mi", flag_values=values
     )
@@ -69,7 +76,9 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
             for n in map(int, f.samples):
                 console.print(f"{task_name}, {dim} a side, {n} rows")
                 draw = jax.jit(task.sample, static_argnums=1)
-                keys = jax.random.split(jax.random.key(0), f.information_seeds)
+                keys = jax.random.split(
+                    jax.random.key(f.information_draw), f.information_seeds
+                )
                 samples = [jax.device_get(draw(key, n)) for key in keys]
                 sides: dict[str, Side] = {
                     name: ours(name, samples[0]) for name in f.estimators
@@ -80,6 +89,7 @@ def measure(f: flags.FlagValues, console: Console) -> Iterator[dict[str, Any]]:
                     sides["scikit-learn"] = scikit
                 place = {"task": task_name, "dim": dim, "rows": n}
                 place |= {"truth": task.information, "seeds": f.information_seeds}
+                place |= {"draw": f.information_draw}
                 yield from lines(place, in_turn(sides, keys, samples))
     if server is not None:
         server.close()

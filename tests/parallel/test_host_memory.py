@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-PROGRAM = """
-import ctypes, resource, sys
+START = """
+import ctypes, pathlib, resource, sys
 from narrows.parallel.host_memory import give_back_freed_memory, keep_freed_memory
 if sys.argv[1] != "fresh":
     assert keep_freed_memory()
@@ -15,6 +15,9 @@ if sys.argv[1] == "give":
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
+"""
+
+FAULTS = """
 size, counts = 2**26, []  # beyond what malloc would ever keep by itself
 for turn in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,7 +31,7 @@ print(*counts)
 
 def faults(way: str) -> list[int]:
     """Pages faulted in by each turn of taking, writing and freeing 64 MiB."""
-    run = [sys.executable, "-c", PROGRAM, way]
+    run = [sys.executable, "-c", START + FAULTS, way]
     said = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     return [int(count) for count in said.split()]
 
@@ -41,15 +44,6 @@ def test_a_block_that_is_taken_again_faults_no_pages_in():
 
 
 BLOCKS = """
-import ctypes, pathlib, resource, sys
-from narrows.parallel.host_memory import give_back_freed_memory, keep_freed_memory
-assert keep_freed_memory()
-if sys.argv[1] == "give":
-    assert give_back_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-
 def resident():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
@@ -65,7 +59,7 @@ print((resident() - before) / 2**24)
 
 
 def left(way: str) -> float:
-    run = [sys.executable, "-c", BLOCKS, way]
+    run = [sys.executable, "-c", START + BLOCKS, way]
     return float(subprocess.run(run, check=True, capture_output=True).stdout)
 
 

@@ -17,6 +17,7 @@ def line(**changes):
         "rows": 2000,
         "truth": 1.0,
         "seeds": 50,
+        "draw": 1,
         "bias": 0.01,
         "error": 0.02,
         "deviation": 0.03,
@@ -55,6 +56,11 @@ def test_the_newest_line_counts_and_the_largest_size_judges():
     assert "; 10, 0" not in text
 
 
+def test_the_samples_that_declarations_were_chosen_on_judge_none():
+    for seen in (line(draw=0), {k: v for k, v in line().items() if k != "draw"}):
+        assert said(estimator_table.page([seen]), "gaussian")[:2] == ["0 of 1", ""]
+
+
 def test_a_stale_page_is_told(tmp_path):
     (tmp_path / "docs").mkdir()
     record = json.dumps(line()) + "\n"
@@ -67,7 +73,7 @@ def test_a_stale_page_is_told(tmp_path):
 
 @pytest.mark.parametrize("name", [n for n, r in ESTIMATORS.items() if r.covers])
 def test_what_an_estimator_declares_is_what_was_measured(name):
-    """Every declared task has a recorded line at 50 seeds, and it holds."""
+    """Every declared task has a recorded line at 50 unseen seeds, and it holds."""
     path = RESULTS / "benchmark_information.jsonl"
     records = [json.loads(text) for text in path.read_text().splitlines()]
     mine = [r for r in estimator_table.newest(records) if r["estimator"] == name]
