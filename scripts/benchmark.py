@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     path = pathlib.Path(f.results_dir) / f"benchmark_{f.suite}.jsonl"
     lines = []
     with command.bad_input():
+        if f.record:
+            path.parent.mkdir(parents=True, exist_ok=True)
         for line in suite.measure(f, console):
             lines.append(line)
             if f.record:

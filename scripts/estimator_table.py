@@ -33,8 +33,8 @@ VERDICTS = f"""## What the flags are worth
 
 Declared tasks hold where {COVERED:.0%} of the intervals cover and at most
 {FLAGGED:.0%} of the values are flagged, at the largest size measured, on samples that
-were not seen when the declarations were chosen. Elsewhere: the values off by more than 3 standard errors, and the share of these that is flagged, of
-which {WILD:.0%} is asked.
+were not seen when the declarations were chosen. Elsewhere: the values off by more than
+3 standard errors, and the share of these that is flagged, of which {WILD:.0%} is asked.
 
 | estimator | declared, of tasks measured | hold | off elsewhere | of these flagged |
 | --- | --- | --- | --- | --- |"""
