@@ -1,6 +1,5 @@
 """The solver of sparse heads beside scikit-learn's: objective and CPU time."""
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,9 +33,7 @@ def beside_saga(name: str, x, labels, strength: float, seed: int) -> Iterator[Ro
     def ours():
         return elastic_net_path(z, labels, [strength], alpha=ALPHA)
 
-    start = time.process_time()
     head = ours()
-    cold = time.process_time() - start
     sides = {"ours": ours, "saga": lambda: library.fit(z, labels)}
     taken = alternate(sides, rounds=TURNS, calls=1, console=Console(quiet=True))
     reached = objective(head.weight[0], head.bias[0], z, labels, strength)
@@ -47,8 +44,6 @@ def beside_saga(name: str, x, labels, strength: float, seed: int) -> Iterator[Ro
     yield Row(f"{at}: objective above SAGA's", max(reached - best, 0.0))
     mine, saga = taken["ours"].cpu, taken["saga"].cpu
     yield Row(f"{at}: CPU time over SAGA's", ratio(saga, mine).median)
-    first = cold / float(np.median(saga))
-    yield Row(f"{at}: CPU time over SAGA's", first, "with compilation")
 
 
 def objective(weight, bias, z, labels, strength: float) -> float:
